@@ -1,0 +1,323 @@
+"""The public functions: check, normalise, choose, call.
+
+All take LoRA factors as PEFT stores them, ``lora_A (r, in)`` and ``lora_B (out, r)``, in float32, float64, bfloat16 or
+float16; arithmetic and results are float32, or float64 as soon as one operand is float64. Source of the penalty:
+Das Biswas et al., EACL 2026, arXiv 2601.02232.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .dispatch import ALGORITHMS, BACKENDS, PRECISIONS, select_algorithm, select_backend
+from .lowrank import LowRank
+
+__all__ = [
+    "add_hadamard_grad_",
+    "add_spectral_grad_",
+    "hadamard_penalty",
+    "hadamard_penalty_grouped",
+    "spectral_penalty",
+    "spectral_penalty_grouped",
+]
+
+Past = LowRank | Tensor | None
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def hadamard_penalty(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    past: Past,
+    scaling: float = 1.0,
+    *,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    """ELLA's penalty ``‖ΔW ⊙ W_past‖_F²`` with ``ΔW = scaling · lora_B @ lora_A``, never forming ``ΔW``.
+
+    Args:
+        lora_A: ``(r, in)``. lora_B: ``(out, r)``. Any strides.
+        past: :class:`LowRank`, a dense ``(out, in)`` tensor, or None for no past (penalty 0).
+        scaling: LoRA scaling, e.g. ``alpha / r``.
+        algorithm: "gram", "stream", "dense" or "auto" (by cost). A dense past takes "auto", "dense" or "stream".
+        backend: "torch", "triton" or "auto".
+        precision: "ieee", "tf32" or "auto", the matrix products of the Triton kernels; torch follows its own settings.
+
+    Returns:
+        0-dim tensor, differentiable once in ``lora_A`` and ``lora_B``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was found and what was expected.
+
+    >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
+    >>> hadamard_penalty(a, b, torch.full((2, 3), 2.0)).item()
+    24.0
+    """
+    return hadamard_penalty_grouped(
+        [lora_A], [lora_B], [past], [scaling], algorithm=algorithm, backend=backend, precision=precision
+    )[0]
+
+
+def spectral_penalty(
+    lora_A: Tensor, lora_B: Tensor, past: Past, scaling: float = 1.0, *, backend: str = "auto", precision: str = "auto"
+) -> Tensor:
+    """Projected norm ``scaling² ‖(LᵀB)(A Rᵀ)‖_F²`` (DESIGN 2.2); arguments as :func:`hadamard_penalty`.
+
+    ``past.left`` and ``past.right`` must split the SVD evenly (:func:`truncate` does); energies do not enter. A dense
+    past is decomposed on every call, which is slow: ``truncate`` it once instead.
+
+    >>> past = LowRank(torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
+    >>> spectral_penalty(torch.ones(1, 2), torch.ones(2, 1), past).item()
+    4.0
+    """
+    return spectral_penalty_grouped([lora_A], [lora_B], [past], [scaling], backend=backend, precision=precision)[0]
+
+
+def hadamard_penalty_grouped(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    pasts: Sequence[Past],
+    scalings: Sequence[float],
+    *,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    """:func:`hadamard_penalty` of many layers at once, ``(n_layers,)``; shapes, ranks, dtypes and pasts may differ."""
+    _one_of("algorithm", algorithm, ALGORITHMS)
+    return _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision)
+
+
+def spectral_penalty_grouped(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    pasts: Sequence[Past],
+    scalings: Sequence[float],
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    """:func:`spectral_penalty` of many layers at once, ``(n_layers,)``."""
+    return _penalties(lora_As, lora_Bs, pasts, scalings, "spectral", backend, precision)
+
+
+def add_hadamard_grad_(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    pasts: Sequence[Past],
+    scalings: Sequence[float],
+    grads_A: Sequence[Tensor],
+    grads_B: Sequence[Tensor],
+    *,
+    weight: float | Tensor,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    """Add ``weight · ∂P/∂A`` and ``weight · ∂P/∂B`` of every layer to existing gradients, in place and without autograd.
+
+    Args:
+        grads_A, grads_B: tensors or views of the factors' shapes, any floating dtype and strides. The sum is formed in
+            fp32 and rounded once.
+        weight: λ (times a gradient scaler's scale), a finite number or a 0-dim tensor, which is not read on the host.
+        others: as :func:`hadamard_penalty_grouped`.
+
+    Returns:
+        The unweighted penalties ``(n_layers,)``.
+
+    >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
+    >>> grad_a, grad_b = torch.zeros(1, 3), torch.zeros(2, 1)
+    >>> add_hadamard_grad_([a], [b], [torch.ones(2, 3)], [1.0], [grad_a], [grad_b], weight=0.5)
+    tensor([6.])
+    >>> grad_a, grad_b
+    (tensor([[2., 2., 2.]]), tensor([[3.],
+            [3.]]))
+    """
+    _one_of("algorithm", algorithm, ALGORITHMS)
+    return _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision)
+
+
+def add_spectral_grad_(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    pasts: Sequence[Past],
+    scalings: Sequence[float],
+    grads_A: Sequence[Tensor],
+    grads_B: Sequence[Tensor],
+    *,
+    weight: float | Tensor,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    """:func:`add_hadamard_grad_` for the spectral penalty."""
+    return _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, "spectral", backend, precision)
+
+
+def _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision) -> Tensor:
+    operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
+    if operands is None:
+        return torch.zeros(0)
+    backend = _resolve(backend, precision, lora_As[0])
+    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*lora_As, *lora_Bs))
+    return ops.penalty(*operands, with_grad, backend, precision)[0]
+
+
+@torch.no_grad()
+def _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision) -> Tensor:
+    operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
+    for name, grads, factors in (("grads_A", grads_A, lora_As), ("grads_B", grads_B, lora_Bs)):
+        if len(grads) != len(factors):
+            raise ValueError(f"{name} must have one entry per layer, found {len(grads)} for {len(factors)} layers")
+        for i, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
+            _floating(f"{name}[{i}]", grad)
+            if grad.shape != factor.shape or grad.device != factor.device:
+                raise ValueError(
+                    f"{name}[{i}] must have shape {tuple(factor.shape)} on {factor.device}, "
+                    f"found {tuple(grad.shape)} on {grad.device}"
+                )
+    if isinstance(weight, Tensor):
+        if weight.ndim != 0:
+            raise ValueError(f"weight must be a number or a 0-dim tensor, found shape {tuple(weight.shape)}")
+    else:
+        _finite("weight", weight)
+    if operands is None:
+        return torch.zeros(0)
+    backend = _resolve(backend, precision, lora_As[0])
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), float(weight), dtype=torch.float64, device=lora_As[0].device)
+    return ops.add_penalty_grad_(*operands, list(grads_A), list(grads_B), weight, backend, precision)
+
+
+def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None:
+    """The parallel lists ``ops`` takes, checked; None for an empty group."""
+    n = len(lora_As)
+    for name, given in (("lora_Bs", lora_Bs), ("pasts", pasts), ("scalings", scalings)):
+        if len(given) != n:
+            raise ValueError(f"{name} must have one entry per layer, found {len(given)} for {n} layers")
+    if n == 0:
+        return None
+    lefts, rights, row_energies, col_energies, codes = [], [], [], [], []
+    where = (lambda name, i: name) if n == 1 else (lambda name, i: f"{name} of layer {i}")
+    absent = None
+    for i in range(n):
+        a, b, past = lora_As[i], lora_Bs[i], pasts[i]
+        _matrix(where("lora_A", i), a)
+        _matrix(where("lora_B", i), b)
+        _finite(where("scaling", i), scalings[i])
+        if b.shape[1] != a.shape[0]:
+            raise ValueError(
+                f"{where('lora_B', i)} must have shape (out, {a.shape[0]}) to match lora_A {tuple(a.shape)}, "
+                f"found {tuple(b.shape)}"
+            )
+        if b.device != a.device or a.device != lora_As[0].device:
+            raise ValueError(
+                f"{where('lora_A', i)} and lora_B must be on one device, that of the first layer "
+                f"({lora_As[0].device}); found {a.device} and {b.device}"
+            )
+        if absent is None:
+            absent = a.new_empty(0)
+        if isinstance(past, Tensor) and algorithm == "spectral":
+            past = _even_split(past, where("past", i))
+        left, right, rows, cols = _check_past(past, where("past", i), a, b, algorithm)
+        lefts.append(absent if left is None else left)
+        rights.append(absent if right is None else right)
+        row_energies.append(absent if rows is None else rows)
+        col_energies.append(absent if cols is None else cols)
+        codes.append(ops.CODES.index(_choose(past, a, b, algorithm)))
+    scalings = [float(s) for s in scalings]
+    return list(lora_As), list(lora_Bs), lefts, rights, row_energies, col_energies, scalings, codes
+
+
+def _choose(past: Past, a: Tensor, b: Tensor, algorithm: str) -> str:
+    if past is None:
+        return ops.ABSENT
+    if algorithm != "auto":
+        return algorithm
+    k = None if isinstance(past, Tensor) else past.right.shape[0]
+    return select_algorithm(b.shape[0], a.shape[1], a.shape[0], k, a.device.type)
+
+
+def _check_past(past: Past, name: str, a: Tensor, b: Tensor, algorithm: str):
+    out, in_ = b.shape[0], a.shape[1]
+    if past is None:
+        return None, None, None, None
+    if isinstance(past, Tensor):
+        _matrix(name, past)
+        _expect(name, past, (out, in_), a)
+        if algorithm == "gram":
+            raise ValueError(f"algorithm='gram' needs {name} as LowRank factors, found a dense tensor; use 'dense'")
+        return past, None, None, None
+    if not isinstance(past, LowRank):
+        raise TypeError(f"{name} must be LowRank, a tensor or None, found {type(past).__name__}")
+    _matrix(f"{name}.left", past.left)
+    _matrix(f"{name}.right", past.right)
+    _expect(f"{name}.left", past.left, (out, past.right.shape[0]), a)
+    _expect(f"{name}.right", past.right, (past.right.shape[0], in_), a)
+    if (past.row_energy is None) != (past.col_energy is None):
+        raise ValueError(f"{name} must have both row_energy and col_energy or neither, found only one")
+    if past.row_energy is not None:
+        _floating(f"{name}.row_energy", past.row_energy)
+        _floating(f"{name}.col_energy", past.col_energy)
+        _expect(f"{name}.row_energy", past.row_energy, (out,), a)
+        _expect(f"{name}.col_energy", past.col_energy, (in_,), a)
+    return past
+
+
+def _even_split(past: Tensor, name: str) -> LowRank:
+    from .lowrank import split_evenly
+
+    _matrix(name, past)
+    _no_grad_past(name, past)
+    wide = past.to(torch.float64 if past.dtype == torch.float64 else torch.float32)
+    return split_evenly(*torch.linalg.svd(wide, full_matrices=False), min(past.shape), wide.dtype)
+
+
+def _resolve(backend: str, precision: str, like: Tensor) -> str:
+    _one_of("backend", backend, BACKENDS)
+    _one_of("precision", precision, PRECISIONS)
+    return select_backend(backend, like.device.type)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, found {value!r}")
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, found {tensor.dtype}")
+
+
+def _matrix(name: str, tensor: Tensor) -> None:
+    _floating(name, tensor)
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions, found shape {tuple(tensor.shape)}")
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, found {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} with the factors, found {tensor.device}")
+    _no_grad_past(name, tensor)
+
+
+def _no_grad_past(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require grad: the past is frozen; pass {name}.detach()")
+
+
+def _finite(name: str, value: float) -> None:
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, found {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, found {value}")

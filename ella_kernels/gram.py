@@ -1,0 +1,171 @@
+"""Algorithm "gram": the Hadamard penalty from Gram matrices of Khatri–Rao products, in plain torch.
+
+``ΔW ⊙ ΔW`` and ``W ⊙ W`` are themselves low-rank, over the *unordered pairs* of components::
+
+    (ΔW ⊙ ΔW)_ij = s² Σ_{a≤a'} ω_aa' (B_ia B_ia')(A_aj A_a'j)        ω = 1 on the diagonal, 2 off it
+    (W  ⊙ W )_ij =    Σ_{c≤c'} ω_cc' (L_ic L_ic')(R_cj R_c'j)  + ρ_i κ_j / τ
+
+so with the pair products as rows, ``BB (P, out)``, ``LL (Q, out)``, ``AA (P, in)``, ``RR (Q, in)``, where
+``P = r(r+1)/2`` and ``Q = k(k+1)/2`` (+ 1: the energy term of a truncated past is one more row)::
+
+    P = s² ⟨ω ⊙ BB·LLᵀ, ω ⊙ AA·RRᵀ⟩
+
+and ``∂P/∂B_ia = 2 s² Σ_a' B_ia' Σ_q (AA·RRᵀ)_{aa',q} LL_qi``. Using pairs instead of all ``r·k`` products costs a
+quarter of the multiplications of the textbook form ``⟨XᵀX, YᵀY⟩`` and gives the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .grouped import Layer, batches, deliver, stack
+
+__all__ = ["hadamard_gram"]
+
+# Elements of one work tensor. 2**17 fp32 are half a megabyte: pair products stay in a core's L2 cache.
+_WORK = 2**17
+
+
+def _n_pairs(m: int) -> int:
+    return m * (m + 1) // 2
+
+
+def _diagonal_blocks(r: int, q: int) -> Iterator[range]:
+    """Split the diagonals ``d`` of the (a, a+d) pairs so that one (pairs, q) coefficient block stays within work."""
+    start, rows = 0, 0
+    for d in range(r):
+        if rows and (rows + r - d) * q > _WORK:
+            yield range(start, d)
+            start, rows = d, 0
+        rows += r - d
+    yield range(start, r)
+
+
+def _pair_products(factor: Tensor, diagonals: range, extra: Tensor | None = None) -> Tensor:
+    """Products ``f_a f_{a+d}`` for each ``d`` in ``diagonals``: ``(n, m, c) → (n, pairs [+ 1], c)``, ``extra`` last."""
+    n, m, c = factor.shape
+    pairs = sum(m - d for d in diagonals)
+    out = factor.new_empty((n, pairs + (extra is not None), c))
+    row = 0
+    for d in diagonals:
+        torch.mul(factor[:, : m - d], factor[:, d:], out=out[:, row : row + m - d])
+        row += m - d
+    if extra is not None:
+        out[:, pairs] = extra
+    return out
+
+
+def _multiplicity(m: int, diagonals: range, like: Tensor) -> Tensor:
+    """ω for the pairs of ``diagonals``: 1 for d = 0, 2 otherwise."""
+    lengths = [(1.0 if d == 0 else 2.0, m - d) for d in diagonals]
+    return torch.cat([like.new_full((length,), value) for value, length in lengths] or [like.new_empty(0)])
+
+
+class _Side:
+    """One side of the product, rows of B with L or columns of A with R: factors ``(n, r, c)``, ``(n, k, c)``."""
+
+    def __init__(self, factor: Tensor, past: Tensor, energy: Tensor | None):
+        self.factor, self.past, self.energy = factor, past, energy
+        self.n, self.r, self.width = factor.shape
+        self.k = past.shape[1]
+        self.q = _n_pairs(self.k) + (energy is not None)
+
+    def chunks(self, pairs: int) -> Iterator[slice]:
+        step = max(16, _WORK // max(1, self.n * max(self.q, pairs)))
+        for start in range(0, self.width, step):
+            yield slice(start, min(start + step, self.width))
+
+    def past_pairs(self, c: slice) -> Tensor:
+        energy = None if self.energy is None else self.energy[:, c]
+        return _pair_products(self.past[:, :, c], range(self.k), energy)
+
+    def gram(self, diagonals: range) -> Tensor:
+        """``(n, pairs, Q)``: inner products of the factor's pairs with the past's."""
+        pairs = sum(self.r - d for d in diagonals)
+        total = self.factor.new_zeros((self.n, pairs, self.q))
+        for c in self.chunks(pairs):
+            total.baddbmm_(_pair_products(self.factor[:, :, c], diagonals), self.past_pairs(c).mT)
+        return total
+
+    def add_grad_(self, grad: Tensor, coefficients: Tensor, diagonals: range) -> None:
+        """``grad[a] += Σ_a' (coefficients · past pairs)_{aa'} factor[a']`` for the pairs of ``diagonals``."""
+        for c in self.chunks(coefficients.shape[1]):
+            weights = torch.bmm(coefficients, self.past_pairs(c))  # [n, pairs, c]
+            factor, out, row = self.factor[:, :, c], grad[:, :, c], 0
+            for d in diagonals:
+                m = self.r - d
+                block = weights[:, row : row + m]
+                out[:, :m].addcmul_(block, factor[:, d:])
+                if d:
+                    out[:, d:].addcmul_(block, factor[:, :m])
+                row += m
+
+
+def _layers_per_batch(layer: Layer) -> int:
+    out, in_, r, k = layer.sizes
+    pairs = max(_n_pairs(r), _n_pairs(k) + 1)
+    # Never reach out·in elements in one work tensor, however small the layer.
+    return min(_WORK // (max(out, in_) * pairs), out * in_ // (2 * max(out, in_) * pairs))
+
+
+def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list[Tensor]:
+    """Hadamard penalty of each layer; gradients are added to ``grad_A`` and ``grad_B`` where those are given.
+
+    Args:
+        layers: checked layers with low-rank pasts, none of them zero by shape.
+        weight: factor on the gradients, a number or a 0-dim tensor; the values are unweighted.
+
+    Returns:
+        One 0-dim value per layer, in the layer's arithmetic dtype.
+
+    Work memory: a few tensors of 2¹⁷ elements and ``r·k²`` coefficients, whatever the layer's size.
+    """
+    values: list[Tensor] = [layers[0].lora_A] * len(layers) if layers else []
+    for indices in batches(layers, _layers_per_batch):
+        group = [layers[i] for i in indices]
+        for i, value in zip(indices, _batch(group, weight).unbind(), strict=True):
+            values[i] = value
+    return values
+
+
+def _batch(group: list[Layer], weight: Tensor | float) -> Tensor:
+    first, dtype = group[0], group[0].dtype
+    has_energy = first.row_energy is not None
+    rows = _Side(
+        stack([layer.lora_B.mT for layer in group], dtype),
+        stack([layer.left.mT for layer in group], dtype),
+        stack([layer.row_energy for layer in group], dtype) if has_energy else None,
+    )
+    cols = _Side(
+        stack([layer.lora_A for layer in group], dtype),
+        stack([layer.right for layer in group], dtype),
+        stack([layer.col_energy for layer in group], dtype) if has_energy else None,
+    )
+    n, r, k = rows.n, rows.r, rows.k
+    # Scaling in float64: s² alone may leave fp32's range, and the tensor is tiny.
+    scale = torch.tensor([layer.scaling**2 for layer in group], dtype=torch.float64).to(rows.factor.device)
+    past_weight = _multiplicity(k, range(k), rows.factor).expand(n, -1)  # [n, Q]
+    if has_energy:
+        total = rows.energy.sum(1, keepdim=True)
+        past_weight = torch.cat([past_weight, torch.where(total == 0, total, 1 / total)], 1)
+
+    values = torch.zeros(n, dtype=torch.float64, device=rows.factor.device)
+    with_grad = first.grad_A is not None
+    if with_grad:
+        grad_rows, grad_cols = torch.zeros_like(rows.factor), torch.zeros_like(cols.factor)
+        grad_scale = (2 * scale * weight).to(dtype)[:, None, None]
+    for diagonals in _diagonal_blocks(r, rows.q):
+        gram_rows, gram_cols = rows.gram(diagonals), cols.gram(diagonals)
+        omega = _multiplicity(r, diagonals, rows.factor)[:, None]
+        weighted = gram_cols * past_weight[:, None, :]
+        values += ((weighted * omega).double() * gram_rows.double()).sum((1, 2))
+        if with_grad:
+            rows.add_grad_(grad_rows, weighted.mul_(grad_scale), diagonals)
+            cols.add_grad_(grad_cols, gram_rows.mul_(past_weight[:, None, :]).mul_(grad_scale), diagonals)
+    if with_grad:
+        deliver([layer.grad_B.mT for layer in group], grad_rows.unbind())
+        deliver([layer.grad_A for layer in group], grad_cols.unbind())
+    return (values * scale).to(dtype)

@@ -1,0 +1,82 @@
+"""Many layers as one problem: the layer record every algorithm takes, and the batching of layers of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """One layer's operands after checking: what every algorithm, on every backend, is handed.
+
+    Attributes:
+        lora_A: ``(r, in)``; lora_B: ``(out, r)``; any floating dtype and strides.
+        left: ``(out, k)``, or the dense past ``(out, in)`` when ``right`` is None.
+        right: ``(k, in)`` or None.
+        row_energy, col_energy: ``(out,)`` and ``(in,)``, or None.
+        scaling: the LoRA scaling ``s``.
+        algorithm: "gram", "stream" or "dense", already chosen.
+        grad_A, grad_B: where gradients go, or None if only the value is wanted.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    left: Tensor
+    right: Tensor | None
+    row_energy: Tensor | None
+    col_energy: Tensor | None
+    scaling: float
+    algorithm: str
+    grad_A: Tensor | None = None
+    grad_B: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Arithmetic dtype: float64 if any operand is, else float32."""
+        operands = (self.lora_A, self.lora_B, self.left, self.right)
+        return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``(out, in, r, k)``; ``k`` is 0 for a dense past."""
+        rank = 0 if self.right is None else self.right.shape[0]
+        return self.lora_B.shape[0], self.lora_A.shape[1], self.lora_A.shape[0], rank
+
+    @property
+    def is_zero(self) -> bool:
+        """True when the penalty vanishes by shape alone: an empty operand, or a past of no components."""
+        out, in_, r, k = self.sizes
+        no_past = self.right is not None and k == 0 and self.row_energy is None
+        return no_past or 0 in (out, in_, r)
+
+
+def batches(layers: Sequence[Layer], per_batch) -> Iterator[list[int]]:
+    """Indices of layers that may be stacked, ``per_batch(layer)`` at most together, in order of first appearance."""
+    groups: dict[tuple, list[int]] = {}
+    for index, layer in enumerate(layers):
+        key = (layer.sizes, layer.dtype, layer.right is None, layer.row_energy is None, layer.grad_A is None)
+        groups.setdefault(key, []).append(index)
+    for indices in groups.values():
+        size = max(1, per_batch(layers[indices[0]]))
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """``(n, …)`` in ``dtype``, contiguous; a single tensor that fits is viewed, not copied."""
+    if len(tensors) == 1:
+        return tensors[0].to(dtype).contiguous().unsqueeze(0)
+    return torch.stack([t.to(dtype) for t in tensors])
+
+
+def deliver(targets: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Add each gradient to its target, casting to the target's dtype after the (fp32) sum is formed."""
+    for target, grad in zip(targets, grads, strict=True):
+        if target.dtype == grad.dtype:
+            target.add_(grad)
+        else:
+            # One rounding, not two: bf16 + bf16(fp32) would round the addend first.
+            target.copy_(target.to(grad.dtype).add_(grad))

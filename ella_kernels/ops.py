@@ -1,0 +1,181 @@
+"""torch.library registration, fakes and autograd: the only file that knows the dispatcher.
+
+One op per model, not per layer: crossing the dispatcher costs tens of microseconds. Operands come as parallel lists,
+absent ones as empty placeholders. The gradients are closed forms computed with the value, so autograd stores two
+factor-sized tensors per layer and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import gram, spectral, stream
+from .grouped import Layer
+
+__all__ = ["add_penalty_grad_", "penalty"]
+
+ABSENT = "none"
+# Ops take ints; this is their meaning. "spectral" is a penalty, not an algorithm, but takes the same road.
+CODES = (ABSENT, "gram", "stream", "dense", "spectral")
+
+
+def _implementation(algorithm: str, backend: str):
+    if backend == "triton":
+        from . import kernels
+
+        return {"gram": kernels.gram, "stream": kernels.stream, "dense": kernels.stream, "spectral": kernels.spectral}[
+            algorithm
+        ]
+    torch_path = {"gram": gram.hadamard_gram, "spectral": spectral.spectral}
+    return torch_path.get(algorithm, stream.hadamard_stream)
+
+
+def _run(layers: list[Layer | None], like: Tensor, backend: str, precision: str, weight: Tensor | float) -> Tensor:
+    """Values ``(n,)``; None marks a layer without a past."""
+    dtype = torch.float64 if any(layer and layer.dtype == torch.float64 for layer in layers) else torch.float32
+    dtype = torch.float64 if like.dtype == torch.float64 else dtype
+    values: list[Tensor] = [torch.zeros((), dtype=dtype, device=like.device)] * len(layers)
+    by_algorithm: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if layer is not None and not layer.is_zero:
+            by_algorithm.setdefault(layer.algorithm, []).append(index)
+    for algorithm, indices in by_algorithm.items():
+        extra = {"precision": precision} if backend == "triton" else {}
+        found = _implementation(algorithm, backend)([layers[i] for i in indices], weight, **extra)
+        for index, value in zip(indices, found, strict=True):
+            values[index] = value.to(dtype)
+    return torch.stack(values)
+
+
+def _layers(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    row_energies: Sequence[Tensor],
+    col_energies: Sequence[Tensor],
+    scalings: Sequence[float],
+    codes: Sequence[int],
+    grads_A: Sequence[Tensor] | None,
+    grads_B: Sequence[Tensor] | None,
+) -> list[Layer | None]:
+    return [
+        None
+        if CODES[code] == ABSENT
+        else Layer(
+            lora_As[i],
+            lora_Bs[i],
+            lefts[i],
+            rights[i] if rights[i].ndim == 2 else None,
+            row_energies[i] if row_energies[i].numel() else None,
+            col_energies[i] if col_energies[i].numel() else None,
+            scalings[i],
+            CODES[code],
+            grads_A[i] if grads_A is not None else None,
+            grads_B[i] if grads_B is not None else None,
+        )
+        for i, code in enumerate(codes)
+    ]
+
+
+@torch.library.custom_op("ella_kernels::penalty", mutates_args=())
+def penalty(
+    lora_As: list[Tensor],
+    lora_Bs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    row_energies: list[Tensor],
+    col_energies: list[Tensor],
+    scalings: list[float],
+    codes: list[int],
+    with_grad: bool,
+    backend: str,
+    precision: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Values ``(n,)`` and, if wanted, their gradients in the factors' shapes and dtypes."""
+    # fp32 accumulators for half factors: the scalar that multiplies them in backward may be large (λ).
+    grads_A = [torch.zeros(a.shape, dtype=a.dtype, device=a.device) for a in lora_As] if with_grad else []
+    grads_B = [torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b in lora_Bs] if with_grad else []
+    layers = _layers(
+        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes,
+        grads_A if with_grad else None, grads_B if with_grad else None,
+    )  # fmt: skip
+    return _run(layers, _widest(lora_As, lora_Bs), backend, precision, 1.0), grads_A, grads_B
+
+
+def _widest(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> Tensor:
+    return next((t for t in (*lora_As, *lora_Bs) if t.dtype == torch.float64), lora_As[0])
+
+
+@penalty.register_fake
+def _(
+    lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, with_grad, backend, precision
+):  # fmt: skip
+    operands = (*lora_As, *lora_Bs, *(t for t, c in zip((*lefts, *rights), (*codes, *codes), strict=True) if c))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
+    values = torch.empty(len(lora_As), dtype=dtype, device=lora_As[0].device)
+    if not with_grad:
+        return values, [], []
+    return values, *([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in ts] for ts in (lora_As, lora_Bs))
+
+
+def _setup_context(ctx, inputs, output):
+    _, grads_A, grads_B = output
+    ctx.n_layers = len(grads_A)
+    ctx.save_for_backward(*grads_A, *grads_B)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_values, grad_grads_A, grad_grads_B):
+    if any(g is not None for g in (*(grad_grads_A or ()), *(grad_grads_B or ()))):
+        raise RuntimeError(
+            "second-order derivatives of an ELLA penalty are not supported: its gradient is a closed form that autograd "
+            "does not record; use ella_kernels.reference for double backward on small layers"
+        )
+    saved = ctx.saved_tensors
+    n = ctx.n_layers
+    if grad_values is None or n == 0:
+        grads_A = grads_B = [None] * n
+    else:
+        grads_A = [(grad_values[i] * saved[i]).to(saved[i].dtype) for i in range(n)]
+        grads_B = [(grad_values[i] * saved[n + i]).to(saved[n + i].dtype) for i in range(n)]
+    return grads_A, grads_B, *([None] * n for _ in range(4)), None, None, None, None, None
+
+
+penalty.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("ella_kernels::add_penalty_grad_", mutates_args=("grads_A", "grads_B"))
+def add_penalty_grad_(
+    lora_As: list[Tensor],
+    lora_Bs: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    row_energies: list[Tensor],
+    col_energies: list[Tensor],
+    scalings: list[float],
+    codes: list[int],
+    grads_A: list[Tensor],
+    grads_B: list[Tensor],
+    weight: Tensor,
+    backend: str,
+    precision: str,
+) -> Tensor:
+    """Adds ``weight · ∂P`` to ``grads_A`` and ``grads_B`` in place; returns the unweighted values ``(n,)``."""
+    layers = _layers(
+        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B
+    )  # fmt: skip
+    return _run(layers, _widest(lora_As, lora_Bs), backend, precision, weight)
+
+
+@add_penalty_grad_.register_fake
+def _(
+    lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B, weight, backend,
+    precision,
+):  # fmt: skip
+    return penalty._abstract_fn(
+        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, False, backend, precision
+    )[0]

