@@ -95,15 +95,19 @@ def penalty(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Values ``(n,)`` and, if wanted, their gradients in the factors' shapes and dtypes."""
-    # fp32 accumulators for half factors: the scalar that multiplies them in backward may be large (λ).
-    grads_A = [torch.zeros(a.shape, dtype=a.dtype, device=a.device) for a in lora_As] if with_grad else []
-    grads_B = [torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b in lora_Bs] if with_grad else []
+    """Values ``(n,)`` and, if wanted, their gradients in the factors' shapes, float32 or float64."""
+    grads_A = [torch.zeros(a.shape, dtype=_grad_dtype(a), device=a.device) for a in lora_As] if with_grad else []
+    grads_B = [torch.zeros(b.shape, dtype=_grad_dtype(b), device=b.device) for b in lora_Bs] if with_grad else []
     layers = _layers(
         lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes,
         grads_A if with_grad else None, grads_B if with_grad else None,
     )  # fmt: skip
     return _run(layers, _widest(lora_As, lora_Bs), backend, precision, 1.0), grads_A, grads_B
+
+
+def _grad_dtype(factor: Tensor) -> torch.dtype:
+    # Half factors keep fp32 gradients until λ has multiplied them: entries near 1e-8 underflow in fp16.
+    return torch.float64 if factor.dtype == torch.float64 else torch.float32
 
 
 def _widest(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> Tensor:
@@ -119,30 +123,45 @@ def _(
     values = torch.empty(len(lora_As), dtype=dtype, device=lora_As[0].device)
     if not with_grad:
         return values, [], []
-    return values, *([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in ts] for ts in (lora_As, lora_Bs))
+    return values, *(
+        [torch.empty(t.shape, dtype=_grad_dtype(t), device=t.device) for t in ts] for ts in (lora_As, lora_Bs)
+    )
 
 
 def _setup_context(ctx, inputs, output):
+    lora_As, lora_Bs = inputs[:2]
     _, grads_A, grads_B = output
-    ctx.n_layers = len(grads_A)
-    ctx.save_for_backward(*grads_A, *grads_B)
+    ctx.n_layers = len(lora_As)
+    # The factors are parameters and cost nothing to keep; a second differentiation is traced to them and refused.
+    ctx.save_for_backward(*grads_A, *grads_B, *lora_As, *lora_Bs)
+    ctx.mark_non_differentiable(*grads_A, *grads_B)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_values, grad_grads_A, grad_grads_B):
-    if any(g is not None for g in (*(grad_grads_A or ()), *(grad_grads_B or ()))):
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity on a gradient, connected to its factor so that a second differentiation meets an error, not a zero."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, factor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
         raise RuntimeError(
             "second-order derivatives of an ELLA penalty are not supported: its gradient is a closed form that autograd "
             "does not record; use ella_kernels.reference for double backward on small layers"
         )
-    saved = ctx.saved_tensors
+
+
+def _backward(ctx, grad_values, _grads_A, _grads_B):
     n = ctx.n_layers
-    if grad_values is None or n == 0:
-        grads_A = grads_B = [None] * n
-    else:
-        grads_A = [(grad_values[i] * saved[i]).to(saved[i].dtype) for i in range(n)]
-        grads_B = [(grad_values[i] * saved[n + i]).to(saved[n + i].dtype) for i in range(n)]
-    return grads_A, grads_B, *([None] * n for _ in range(4)), None, None, None, None, None
+    result: list[Tensor | None] = [None] * (2 * n)
+    if grad_values is not None:
+        grads, factors = ctx.saved_tensors[: 2 * n], ctx.saved_tensors[2 * n :]
+        for i, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
+            scaled = (grad_values[i % n] * grad).to(factor.dtype)
+            result[i] = _FirstOrderOnly.apply(scaled, factor) if torch.is_grad_enabled() else scaled
+    return result[:n], result[n:], *([None] * n for _ in range(4)), None, None, None, None, None
 
 
 penalty.register_autograd(_backward, setup_context=_setup_context)

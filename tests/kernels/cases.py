@@ -1,0 +1,67 @@
+"""Operands and error bounds shared by the kernel tests."""
+
+from __future__ import annotations
+
+import torch
+
+import ella_kernels as ek
+
+# RMS(error)/RMS(reference) allowed against float64, per arithmetic dtype. Never loosened: ELLA gradients can sit near
+# 1e-9, so only relative bounds mean anything.
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+# (out, in, r, k): no powers of two by design, GQA-like rectangles, single rows and ranks, tall and wide.
+SHAPES = [
+    (40, 56, 3, 5),
+    (33, 70, 1, 1),
+    (128, 61, 8, 7),
+    (37, 300, 4, 20),
+    (1, 50, 2, 3),
+    (50, 1, 2, 3),
+    (96, 96, 8, 8),
+    (80, 48, 16, 16),
+]
+
+
+def factors(out, in_, r, k, *, dtype=torch.float32, kind="random", seed=0, energy=False):
+    """LoRA factors and a past of one layer in float64 arithmetic, then rounded to ``dtype``."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    a, b, left, right = randn(r, in_), randn(out, r), randn(out, k), randn(k, in_)
+    if kind == "correlated":
+        left[:, : min(r, k)] += 3 * b[:, : min(r, k)]
+        right[: min(r, k)] += 3 * a[: min(r, k)]
+    elif kind == "tiny":
+        a, b, left, right = (1e-4 * t for t in (a, b, left, right))
+    elif kind == "outliers":
+        for rows, t in ((out, b), (out, left)):
+            t[torch.randperm(rows, generator=gen)[: max(1, rows // 32)]] *= 1e3
+        for cols, t in ((in_, a), (in_, right)):
+            t[:, torch.randperm(cols, generator=gen)[: max(1, cols // 32)]] *= 1e3
+    elif kind == "disjoint":
+        left[: out // 2] *= 1e-3
+        b[out // 2 :] *= 1e-3
+    elif kind != "random":
+        raise ValueError(kind)
+    past = ek.truncate(left, right, max(1, k // 2)) if energy else ek.LowRank(left, right)
+    return a.to(dtype), b.to(dtype), cast(past, dtype)
+
+
+def cast(past, dtype):
+    return ek.LowRank(*(None if t is None else t.to(dtype) for t in past))
+
+
+def relative_error(found, expected):
+    assert expected.norm() > 0, "a zero reference proves nothing"
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def exact(a, b, past, scaling, name="hadamard"):
+    """Value and gradients by plain autograd through the materialising reference, in float64."""
+    a, b = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
+    past = cast(past, torch.float64) if isinstance(past, ek.LowRank) else past.double()
+    value = getattr(ek.reference, f"{name}_penalty")(a, b, past, scaling)
+    return value.detach(), *torch.autograd.grad(value, (a, b))
