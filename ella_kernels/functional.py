@@ -121,7 +121,7 @@ def add_hadamard_grad_(
     backend: str = "auto",
     precision: str = "auto",
 ) -> Tensor:
-    """Add ``weight · ∂P/∂A`` and ``weight · ∂P/∂B`` of every layer to existing gradients, in place and without autograd.
+    """Add ``weight · ∂P/∂A`` and ``weight · ∂P/∂B`` of every layer to existing gradients in place, without autograd.
 
     Args:
         grads_A, grads_B: tensors or views of the factors' shapes, any floating dtype and strides. The sum is formed in

@@ -45,7 +45,7 @@ def svd_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split_evenly(u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype) -> LowRank:
-    """Keep the leading ``rank`` singular triplets as ``(U√S, √S Vᵀ)`` and the energies of the rest (None if no rest)."""
+    """Keep the leading ``rank`` singular triplets as ``(U√S, √S Vᵀ)`` and the energies of the rest, if any."""
     root = s[:rank].sqrt()
     left = (u[:, :rank] * root).to(dtype)
     right = (root[:, None] * vh[:rank]).to(dtype)

@@ -148,8 +148,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "second-order derivatives of an ELLA penalty are not supported: its gradient is a closed form that autograd "
-            "does not record; use ella_kernels.reference for double backward on small layers"
+            "second-order derivatives of an ELLA penalty are not supported: its gradient is a closed form that "
+            "autograd does not record; use ella_kernels.reference for double backward on small layers"
         )
 
 
