@@ -16,17 +16,19 @@ quarter of the multiplications of the textbook form ``⟨XᵀX, YᵀY⟩`` and g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .grouped import Layer, batches, deliver, stack
+from .grouped import Layer, deliver, run_batches, stack
 
 __all__ = ["hadamard_gram"]
 
-# Elements of one work tensor. 2**17 fp32 are half a megabyte: pair products stay in a core's L2 cache.
-_WORK = 2**17
+# Elements of one work tensor, of which there are four. 2**19 fp32 are 2 MB: large enough that the operations, not their
+# launching, take the time; small enough to stay in a shared cache.
+_WORK = 2**19
 
 
 def _n_pairs(m: int) -> int:
@@ -44,56 +46,79 @@ def _diagonal_blocks(r: int, q: int) -> Iterator[range]:
     yield range(start, r)
 
 
-def _pair_products(factor: Tensor, diagonals: range, extra: Tensor | None = None) -> Tensor:
-    """Products ``f_a f_{a+d}`` for each ``d`` in ``diagonals``: ``(n, m, c) → (n, pairs [+ 1], c)``, ``extra`` last."""
-    n, m, c = factor.shape
-    pairs = sum(m - d for d in diagonals)
-    out = factor.new_empty((n, pairs + (extra is not None), c))
-    row = 0
-    for d in diagonals:
-        torch.mul(factor[:, : m - d], factor[:, d:], out=out[:, row : row + m - d])
-        row += m - d
-    if extra is not None:
-        out[:, pairs] = extra
-    return out
-
-
 def _multiplicity(m: int, diagonals: range, like: Tensor) -> Tensor:
     """ω for the pairs of ``diagonals``: 1 for d = 0, 2 otherwise."""
-    lengths = [(1.0 if d == 0 else 2.0, m - d) for d in diagonals]
-    return torch.cat([like.new_full((length,), value) for value, length in lengths] or [like.new_empty(0)])
+    omega = like.new_full((sum(m - d for d in diagonals),), 2.0)
+    if 0 in diagonals:
+        omega[:m] = 1.0
+    return omega
+
+
+class _Workspace:
+    """Named buffers kept for one call: fresh pages for every product would cost more than the product."""
+
+    def __init__(self):
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Uninitialised view of ``shape``; valid until the name is taken again."""
+        size, key = math.prod(shape), (name, like.dtype)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = like.new_empty(size)
+        return self._buffers[key][:size].view(shape)
 
 
 class _Side:
     """One side of the product, rows of B with L or columns of A with R: factors ``(n, r, c)``, ``(n, k, c)``."""
 
-    def __init__(self, factor: Tensor, past: Tensor, energy: Tensor | None):
+    def __init__(self, name: str, work: _Workspace, factor: Tensor, past: Tensor, energy: Tensor | None):
+        self.name, self.work = name, work
         self.factor, self.past, self.energy = factor, past, energy
         self.n, self.r, self.width = factor.shape
         self.k = past.shape[1]
         self.q = _n_pairs(self.k) + (energy is not None)
+        self.kept: tuple[slice, Tensor] | None = None
 
     def chunks(self, pairs: int) -> Iterator[slice]:
         step = max(16, _WORK // max(1, self.n * max(self.q, pairs)))
         for start in range(0, self.width, step):
             yield slice(start, min(start + step, self.width))
 
+    def _pair_products(self, name: str, factor: Tensor, diagonals: range, extra: Tensor | None = None) -> Tensor:
+        """Products ``f_a f_{a+d}`` for ``d`` in ``diagonals``: ``(n, m, c) → (n, pairs [+ 1], c)``, ``extra`` last."""
+        n, m, c = factor.shape
+        pairs = sum(m - d for d in diagonals)
+        out = self.work.take(self.name + name, factor, n, pairs + (extra is not None), c)
+        row = 0
+        for d in diagonals:
+            torch.mul(factor[:, : m - d], factor[:, d:], out=out[:, row : row + m - d])
+            row += m - d
+        if extra is not None:
+            out[:, pairs] = extra
+        return out
+
     def past_pairs(self, c: slice) -> Tensor:
-        energy = None if self.energy is None else self.energy[:, c]
-        return _pair_products(self.past[:, :, c], range(self.k), energy)
+        if self.kept is None or self.kept[0] != c:
+            energy = None if self.energy is None else self.energy[:, c]
+            self.kept = (c, self._pair_products("past", self.past[:, :, c], range(self.k), energy))
+        return self.kept[1]
 
     def gram(self, diagonals: range) -> Tensor:
         """``(n, pairs, Q)``: inner products of the factor's pairs with the past's."""
         pairs = sum(self.r - d for d in diagonals)
         total = self.factor.new_zeros((self.n, pairs, self.q))
         for c in self.chunks(pairs):
-            total.baddbmm_(_pair_products(self.factor[:, :, c], diagonals), self.past_pairs(c).mT)
+            total.baddbmm_(self._pair_products("factor", self.factor[:, :, c], diagonals), self.past_pairs(c).mT)
         return total
 
     def add_grad_(self, grad: Tensor, coefficients: Tensor, diagonals: range) -> None:
         """``grad[a] += Σ_a' (coefficients · past pairs)_{aa'} factor[a']`` for the pairs of ``diagonals``."""
-        for c in self.chunks(coefficients.shape[1]):
-            weights = torch.bmm(coefficients, self.past_pairs(c))  # [n, pairs, c]
+        n, pairs, _ = coefficients.shape
+        for c in self.chunks(pairs):
+            past = self.past_pairs(c)
+            weights = torch.bmm(
+                coefficients, past, out=self.work.take(self.name + "factor", past, n, pairs, past.shape[2])
+            )
             factor, out, row = self.factor[:, :, c], grad[:, :, c], 0
             for d in diagonals:
                 m = self.r - d
@@ -108,7 +133,7 @@ def _layers_per_batch(layer: Layer) -> int:
     out, in_, r, k = layer.sizes
     pairs = max(_n_pairs(r), _n_pairs(k) + 1)
     # Never reach out·in elements in one work tensor, however small the layer.
-    return min(_WORK // (max(out, in_) * pairs), out * in_ // (2 * max(out, in_) * pairs))
+    return min(_WORK, out * in_ // 2) // (max(out, in_) * pairs)
 
 
 def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list[Tensor]:
@@ -121,25 +146,25 @@ def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list
     Returns:
         One 0-dim value per layer, in the layer's arithmetic dtype.
 
-    Work memory: a few tensors of 2¹⁷ elements and ``r·k²`` coefficients, whatever the layer's size.
+    Work memory: four tensors of 2¹⁹ elements and ``r·k²`` coefficients, whatever the layer's size.
     """
-    values: list[Tensor] = [layers[0].lora_A] * len(layers) if layers else []
-    for indices in batches(layers, _layers_per_batch):
-        group = [layers[i] for i in indices]
-        for i, value in zip(indices, _batch(group, weight).unbind(), strict=True):
-            values[i] = value
-    return values
+    work = _Workspace()
+    return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight, work))
 
 
-def _batch(group: list[Layer], weight: Tensor | float) -> Tensor:
+def _batch(group: list[Layer], weight: Tensor | float, work: _Workspace) -> Tensor:
     first, dtype = group[0], group[0].dtype
     has_energy = first.row_energy is not None
     rows = _Side(
+        "rows",
+        work,
         stack([layer.lora_B.mT for layer in group], dtype),
         stack([layer.left.mT for layer in group], dtype),
         stack([layer.row_energy for layer in group], dtype) if has_energy else None,
     )
     cols = _Side(
+        "cols",
+        work,
         stack([layer.lora_A for layer in group], dtype),
         stack([layer.right for layer in group], dtype),
         stack([layer.col_energy for layer in group], dtype) if has_energy else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,16 +53,21 @@ class Layer(NamedTuple):
         return no_past or 0 in (out, in_, r)
 
 
-def batches(layers: Sequence[Layer], per_batch) -> Iterator[list[int]]:
-    """Indices of layers that may be stacked, ``per_batch(layer)`` at most together, in order of first appearance."""
+def run_batches(
+    layers: Sequence[Layer], per_batch: Callable[[Layer], int], batch: Callable[[list[Layer]], Tensor]
+) -> list[Tensor]:
+    """Values of ``layers`` from ``batch``, called on up to ``per_batch(layer)`` layers that may be stacked."""
     groups: dict[tuple, list[int]] = {}
     for index, layer in enumerate(layers):
         key = (layer.sizes, layer.dtype, layer.right is None, layer.row_energy is None, layer.grad_A is None)
         groups.setdefault(key, []).append(index)
+    values: dict[int, Tensor] = {}
     for indices in groups.values():
         size = max(1, per_batch(layers[indices[0]]))
         for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+            chosen = indices[start : start + size]
+            values.update(zip(chosen, batch([layers[i] for i in chosen]).unbind(), strict=True))
+    return [values[i] for i in range(len(layers))]
 
 
 def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -74,9 +79,10 @@ def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def deliver(targets: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add each gradient to its target, casting to the target's dtype after the (fp32) sum is formed."""
+    same = [target.dtype == grad.dtype for target, grad in zip(targets, grads, strict=True)]
+    if all(same):
+        torch._foreach_add_(list(targets), list(grads))
+        return
     for target, grad in zip(targets, grads, strict=True):
-        if target.dtype == grad.dtype:
-            target.add_(grad)
-        else:
-            # One rounding, not two: bf16 + bf16(fp32) would round the addend first.
-            target.copy_(target.to(grad.dtype).add_(grad))
+        # One rounding, not two: bf16 + bf16(fp32) would round the addend first.
+        target.copy_(target.to(grad.dtype).add_(grad))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grouped import Layer, batches, deliver, stack
+from .grouped import Layer, deliver, run_batches, stack
 
 __all__ = ["spectral"]
 
@@ -24,12 +24,7 @@ def _layers_per_batch(layer: Layer) -> int:
 
 def spectral(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list[Tensor]:
     """Spectral penalty of each layer; arguments, results and gradients as ``gram.hadamard_gram``."""
-    values: list[Tensor] = [layers[0].lora_A] * len(layers) if layers else []
-    for indices in batches(layers, _layers_per_batch):
-        group = [layers[i] for i in indices]
-        for i, value in zip(indices, _batch(group, weight).unbind(), strict=True):
-            values[i] = value
-    return values
+    return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight))
 
 
 def _batch(group: list[Layer], weight: Tensor | float) -> Tensor:
