@@ -13,25 +13,27 @@ PRECISIONS = ("auto", "ieee", "tf32")
 
 
 class Cost(NamedTuple):
-    """Relative cost of one unit of work on a device; one multiply-add inside a large matmul is 1.
+    """Relative cost of one unit of work on a device; one multiply-add of the stream algorithm's matmuls is 1.
 
     Attributes:
+        gram: one multiply-add of the gram algorithm's matmuls, which are narrower.
         pair: forming one pair product of the gram algorithm (elementwise, memory-bound).
-        tile: one elementwise pass over one element of a tile of the stream algorithm, all passes together.
+        tile: all elementwise passes over one element of a tile of the stream algorithm.
     """
 
+    gram: float
     pair: float
     tile: float
 
 
 # Measured crossovers of value and gradients, see bench/NOTES.md; a device not listed takes the default row.
-COSTS = {"cpu": Cost(pair=12.0, tile=60.0), "default": Cost(pair=8.0, tile=16.0)}
+COSTS = {"cpu": Cost(gram=1.35, pair=16.0, tile=60.0), "default": Cost(gram=1.0, pair=8.0, tile=16.0)}
 
 
 def gram_cost(out: int, in_: int, r: int, k: int, cost: Cost) -> float:
     """Value and gradients by pairs: two matmuls of ``P·Q`` per row and side, and the pair products themselves."""
     pairs, past_pairs = r * (r + 1) / 2, k * (k + 1) / 2 + 1
-    return (out + in_) * (2 * pairs * past_pairs + 2 * cost.pair * (pairs + past_pairs))
+    return (out + in_) * (2 * cost.gram * pairs * past_pairs + 2 * cost.pair * (pairs + past_pairs))
 
 
 def stream_cost(out: int, in_: int, r: int, k: int, cost: Cost) -> float:
