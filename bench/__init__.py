@@ -1,0 +1,1 @@
+"""The microbenchmark suite: ``make bench`` (see bench/NOTES.md)."""
