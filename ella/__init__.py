@@ -1,0 +1,50 @@
+"""ELLA continual learning for PEFT models: LoRA that keeps away from what earlier tasks wrote.
+
+>>> from ella import EllaConfig
+>>> EllaConfig(ella_lambda=3e4).reduction
+'sum'
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from ella_kernels import __version__
+
+# Names load on first use: `import ella` stays light, and the command line answers before PEFT is imported.
+_HOME = {
+    "EllaCallback": "trainer",
+    "EllaConfig": "config",
+    "EllaRegularizer": "regularizer",
+    "FoldReport": "past",
+    "attach": "trainer",
+    "fold_adapters": "offline",
+    "interference": "shrinkage",
+    "interference_bound": "shrinkage",
+    "shrink": "shrinkage",
+    "shrink_spectral": "shrinkage",
+}
+
+__all__ = [
+    "EllaCallback",
+    "EllaConfig",
+    "EllaRegularizer",
+    "FoldReport",
+    "__version__",
+    "attach",
+    "fold_adapters",
+    "interference",
+    "interference_bound",
+    "shrink",
+    "shrink_spectral",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'ella' has no attribute {name!r}; it has {__all__}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

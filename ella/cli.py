@@ -1,0 +1,162 @@
+"""The command line: ``ella demo | run | inspect | fold | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["build_parser", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 refused input (said on stderr), 2 wrong usage, 130 ^C."""
+    parser = build_parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return arguments.command(arguments) or 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if arguments.traceback:
+            raise
+        print(f"ella: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ella: stopped; --resume (demo) or the same command (run) continues", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; heavy imports happen only when one runs."""
+    parser = argparse.ArgumentParser(prog="ella", description="Continual learning with LoRA that forgets less.")
+    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="learn four real text tasks one after another, three ways, and report")
+    demo.add_argument("--data", metavar="DIR", help="benchmark folder <group>/<task>/*.json (default: docstrings)")
+    demo.add_argument("--order", type=_names, help="task names, comma-separated (with --data)")
+    demo.add_argument("--seeds", type=_integers, default=(0,), help="comma-separated, or a-b (default 0)")
+    demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 400)")
+    demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 160)")
+    demo.add_argument("--ella-lambda", type=float, metavar="X", help="strength of the penalty")
+    demo.add_argument("--arms", type=_names, default=("one", "fresh", "ella"), help="of one,fresh,ella,alone")
+    demo.add_argument("--resume", action="store_true", help="continue an interrupted demo in --out")
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser("run", help="a continual run described by a yaml file")
+    run.add_argument("stream", metavar="STREAM.yaml")
+    run.set_defaults(command=_run)
+
+    for sub, out in ((demo, "demo_out"), (run, None)):
+        sub.add_argument("--out", metavar="DIR", default=out, help=f"output folder (default {out or 'from the file'})")
+        sub.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's)")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    inspect = commands.add_parser("inspect", help="show a saved state: layers, rank, energy kept, bytes, tasks")
+    inspect.add_argument("state", metavar="DIR", help="a saved regularizer, or a run's output folder")
+    inspect.set_defaults(command=_inspect)
+
+    fold = commands.add_parser("fold", help="fold saved LoRA adapters into one past, without a model")
+    fold.add_argument("adapters", nargs="+", metavar="DIR", help="PEFT adapter folders, in task order")
+    fold.add_argument("-o", "--out", required=True, metavar="DIR")
+    fold.add_argument("--past-rank", type=_positive, default=128, metavar="N", help="cap of the rank (default 128)")
+    fold.set_defaults(command=_fold)
+
+    bench = commands.add_parser("bench", help="the microbenchmark suite (from a source checkout)")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from ella.continual.demo import BENCHMARK_ORDER, DEMO_LAMBDA, run_demo
+
+    if arguments.order and not arguments.data:
+        raise ValueError("--order names tasks of a benchmark folder; give it with --data DIR")
+    _prepare(arguments)
+    run_demo(
+        data=arguments.data,
+        order=arguments.order or BENCHMARK_ORDER,
+        seeds=arguments.seeds,
+        train_examples=arguments.train_examples,
+        test_examples=arguments.test_examples,
+        ella_lambda=DEMO_LAMBDA if arguments.ella_lambda is None else arguments.ella_lambda,
+        arms=arguments.arms,
+        out_dir=arguments.out,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+    )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from ella.continual.compare import compare_arms
+    from ella.continual.spec import load_spec
+
+    spec = load_spec(arguments.stream)
+    _prepare(arguments)
+    compare_arms(
+        spec.build,
+        spec.tasks_of_seed(),
+        spec.config,
+        arms=spec.arms,
+        seeds=spec.seeds,
+        out_dir=arguments.out or spec.out,
+        title=spec.title,
+        notes={"stream": str(arguments.stream), "model": spec.model.path or "the packaged MiniLM"},
+        progress=not arguments.quiet,
+    )
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from ella.inspection import describe_state
+
+    print(describe_state(arguments.state))
+
+
+def _fold(arguments: argparse.Namespace) -> None:
+    from ella.offline import fold_adapters
+
+    fold_adapters(arguments.adapters, arguments.out, past_rank=arguments.past_rank)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[1] / "bench"
+    where = f"run `make bench` in {folder.parent}" if folder.is_dir() else "it lives in the source tree: `make bench`"
+    print(f"ella: the benchmarks are not part of the installed package; {where}", file=sys.stderr)
+    return 1
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"expected comma-separated names, found {text!r}")
+    return names
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        first, dash, last = text.partition("-")
+        return tuple(range(int(first), int(last) + 1)) if dash else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers like 0,1,2 or 0-2, found {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+    return value

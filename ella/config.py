@@ -1,0 +1,91 @@
+"""The settings of the penalty and of the past it is measured against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = ["EllaConfig"]
+
+_CHOICES = {
+    "penalty": ("hadamard", "spectral"),
+    "reduction": ("sum", "mean"),
+    "normalize": (None, "rms"),
+    "keep_past": ("adapter", "merge"),
+}
+
+
+@dataclass(frozen=True)
+class EllaConfig:
+    """Settings of an :class:`~ella.EllaRegularizer`.
+
+    Attributes:
+        ella_lambda: strength λ ≥ 0 of ``task loss + λ · reduce(P)``. What a number means depends on ``reduction``,
+            ``include_scaling`` and ``normalize``: published strengths differ in all three.
+        penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026) or "spectral", the projected norm.
+        past_rank: cap on the components stored per layer; the past is exact until it is reached.
+        penalty_rank: components the penalty uses, the rest entering by its row and column energies; None uses all.
+        reduction: "sum" or "mean" over the penalised layers.
+        include_scaling: whether ``ΔW`` carries the LoRA scaling ``α/r`` in the penalty. The past always is the true
+            aggregated update, scaling included.
+        normalize: "rms" divides ``W_past`` by its root mean square in every layer, which makes λ dimensionless.
+        keep_past: "adapter" keeps finished tasks' effect in a frozen adapter; "merge" adds it to fp32 base weights.
+        adapter_name: the PEFT adapter that is trained and penalised.
+        skip_unsupported: leave layers out that cannot be penalised, with a warning, instead of refusing the model.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was found and what was expected.
+    """
+
+    ella_lambda: float = 1e4
+    penalty: str = "hadamard"
+    past_rank: int = 128
+    penalty_rank: int | None = None
+    reduction: str = "sum"
+    include_scaling: bool = True
+    normalize: str | None = None
+    keep_past: str = "adapter"
+    adapter_name: str = "default"
+    skip_unsupported: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ella_lambda, bool) or not isinstance(self.ella_lambda, (int, float)):
+            raise TypeError(f"ella_lambda must be a number, found {type(self.ella_lambda).__name__}")
+        if not math.isfinite(self.ella_lambda) or self.ella_lambda < 0:
+            raise ValueError(f"ella_lambda must be finite and at least 0, found {self.ella_lambda}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be one of {expected}, found {getattr(self, name)!r}")
+        _rank("past_rank", self.past_rank, 1)
+        if self.penalty_rank is not None:
+            _rank("penalty_rank", self.penalty_rank, 0)
+        for name in ("include_scaling", "skip_unsupported"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
+        if not isinstance(self.adapter_name, str) or not self.adapter_name:
+            raise ValueError(f"adapter_name must be a non-empty string, found {self.adapter_name!r}")
+        if self.adapter_name == "ella_past":
+            raise ValueError("adapter_name must not be 'ella_past': that adapter holds the past")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain json; the inverse is :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EllaConfig:
+        """Raises ValueError for a field this version does not know."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"unknown EllaConfig fields {unknown}; this version knows {sorted(known)}")
+        return cls(**data)
+
+
+def _rank(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, found {value}")

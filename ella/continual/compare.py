@@ -1,0 +1,100 @@
+"""Several arms and seeds over the same tasks, printed side by side and written as one report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .models import TextClassifier
+from .report import ARM_TITLES, environment, format_bytes, format_matrix, summarise, write_report
+from .stream import StreamConfig, StreamResult, run_stream
+from .tasks import Task
+
+__all__ = ["compare_arms"]
+
+
+def compare_arms(
+    build: Callable[[], TextClassifier],
+    tasks_of_seed: Callable[[int], Sequence[Task]],
+    config: StreamConfig,
+    *,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out_dir: str | Path,
+    title: str,
+    notes: Mapping[str, str],
+    progress: bool = True,
+    echo: Callable[[str], None] = print,
+) -> list[StreamResult]:
+    """Run every arm with every seed and write ``report.html`` and ``report.json`` into ``out_dir``.
+
+    Args:
+        build: makes a fresh classifier; called once per run.
+        tasks_of_seed: the tasks of a seed, the same for all arms.
+        config: what the arms share; ``arm`` and ``seed`` are replaced.
+        arms, seeds: what to run, in this order.
+        out_dir: the runs' states go to ``out_dir/runs/<arm>-<seed>``; a finished one is not run again.
+        title, notes: shown in the report.
+        progress, echo: tqdm bars; where text goes.
+
+    Returns one result per arm and seed.
+    """
+    out = Path(out_dir)
+    results: list[StreamResult] = []
+    started = time.perf_counter()
+    for seed in seeds:
+        tasks = list(tasks_of_seed(seed))
+        untrained: list[float] | None = None
+        of_seed = []
+        for arm in arms:
+            result = run_stream(
+                build(),
+                tasks,
+                replace(config, arm=arm, seed=seed),
+                out / "runs" / f"{arm}-{seed}",
+                untrained=untrained,
+                progress=progress,
+            )
+            untrained = result.matrix.untrained
+            of_seed.append(result)
+            oa, bwt = result.matrix.overall_accuracy(), result.matrix.backward_transfer()
+            clock = time.perf_counter() - started
+            echo(f"[{clock:4.0f} s] {ARM_TITLES[arm]}, seed {seed}: OA {oa:.1f}, BWT {bwt:+.1f}")
+        alone = next((r for r in of_seed if r.arm == "alone"), None)
+        if alone is not None:
+            scores = [row[j] for j, row in enumerate(alone.matrix.rows)]
+            for result in of_seed:
+                result.matrix.alone = scores
+        results += of_seed
+        # After every seed: what is done is on disk should a later one be stopped.
+        paths = write_report(out, results, title=title, notes=notes, env=environment())
+    echo("\n" + render_text(results))
+    echo(f"report: {paths[1]}\n        {paths[0]}")
+    return results
+
+
+def render_text(results: Sequence[StreamResult]) -> str:
+    """The matrices and the summary of all arms as text for a terminal."""
+    summary = summarise(results)
+    blocks = [f"{ARM_TITLES[arm]}\n{format_matrix(s['matrix'])}\n" for arm, s in summary.items() if arm != "alone"]
+    lines = [f"{'':24}{'OA':>8}{'BWT':>8}{'FWT*':>8}{'FWT**':>8}"]
+    for arm, s in summary.items():
+        if arm != "alone":
+            cells = "".join(f"{'–' if math.isnan(v) else format(v, '.1f'):>8}" for v in s["mean"].values())
+            lines.append(f"{ARM_TITLES[arm]:24}{cells}")
+    lines.append("FWT*: against the untrained model; FWT**: against training on the task alone")
+    if "ella" in summary:
+        ella = summary["ella"]
+        lines.append("")
+        if not math.isnan(ella["penalty_share"]):
+            lines.append(
+                f"the penalty takes {100 * ella['penalty_share']:.1f} % of a {ella['step_milliseconds']:.0f} ms step"
+            )
+        lines.append(
+            f"its state: {format_bytes(ella['state_bytes'])} for {ella['layers']} layers; "
+            f"as dense float32 matrices {format_bytes(ella['dense_bytes'])}"
+        )
+    return "\n".join(blocks + lines) + "\n"

@@ -1,0 +1,217 @@
+"""A continual run as a yaml file: read, checked, turned into the objects it names.
+
+Sections and their keys are checked against the dataclasses they build, so an unknown key is an error that lists the
+known ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ella.config import EllaConfig
+
+from .docstrings import docstring_tasks
+from .models import LoraSettings, TextClassifier, build_classifier
+from .stream import ARMS, StreamConfig
+from .tasks import ORDERS, Task, load_benchmark, read_task
+
+__all__ = ["ModelSettings", "SpecError", "StreamSpec", "TaskSettings", "load_spec", "parse_spec"]
+
+
+class SpecError(ValueError):
+    """A stream file that cannot be used: names the section and key, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Section ``model``; see :func:`ella.continual.models.build_classifier`."""
+
+    path: str | None = None
+    kind: str = "auto"
+    max_length: int = 128
+    temperature: float = 20.0
+    template: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Section ``tasks``: one of ``benchmark`` (with ``order``), ``folders`` or ``docstrings``, and sizes.
+
+    ``order`` is a list of names or the name of an order of the literature, e.g. "standard-1".
+    """
+
+    benchmark: str | None = None
+    order: list | str | None = None
+    folders: list | None = None
+    docstrings: list | None = None
+    train_examples: int | None = None
+    test_examples: int | None = None
+
+    def load(self, base: Path) -> list[Task]:
+        """The tasks in order; relative paths start at ``base``."""
+        if self.benchmark is not None:
+            return load_benchmark(
+                base / self.benchmark, ORDERS[self.order] if isinstance(self.order, str) else self.order
+            )
+        if self.folders is not None:
+            return [read_task(base / folder) for folder in self.folders]
+        sizes = {"train_per_task": self.train_examples or 480, "test_per_task": self.test_examples or 200}
+        return docstring_tasks(self.docstrings, **sizes)
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """A checked stream file. ``config`` holds the settings all arms share; ``base`` is the file's folder."""
+
+    model: ModelSettings
+    lora: LoraSettings
+    tasks: TaskSettings
+    config: StreamConfig
+    arms: tuple[str, ...] = ("ella",)
+    seeds: tuple[int, ...] = (0,)
+    out: str = "stream_out"
+    title: str = "A continual run"
+    base: Path = field(default=Path())
+
+    def build(self) -> TextClassifier:
+        """A fresh classifier."""
+        path = self.model.path
+        # A name that is no folder beside the file is a hub name.
+        if path is not None and (self.base / path).is_dir():
+            path = str(self.base / path)
+        return build_classifier(**{**vars(self.model), "path": path}, lora=self.lora)
+
+    def tasks_of_seed(self) -> Callable[[int], list[Task]]:
+        """The tasks are read once; the returned function draws a seed's examples from them."""
+        tasks = self.tasks.load(self.base)
+        return lambda seed: [t.subset(self.tasks.train_examples, self.tasks.test_examples, seed) for t in tasks]
+
+
+def load_spec(path: str | Path) -> StreamSpec:
+    """Read and check a stream file. Raises :class:`SpecError`."""
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"no stream file at {path}") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not yaml: {error}") from error
+    try:
+        return parse_spec(data, path.resolve().parent)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
+    """Check a stream's mapping; see ``examples/stream.yaml`` for one with every key."""
+    known = ("title", "model", "lora", "tasks", "arms", "seeds", "ella", "training", "out")
+    data = _mapping(data, "the file")
+    _known_keys(data, known, "the file")
+    if "tasks" not in data:
+        raise SpecError("section 'tasks' is missing; expected benchmark, folders or docstrings")
+
+    lora_data = _mapping(data.get("lora"), "lora")
+    if isinstance(lora_data.get("target_modules"), list):
+        lora_data = lora_data | {"target_modules": tuple(lora_data["target_modules"])}
+    tasks = _build(TaskSettings, data["tasks"], "tasks")
+    _check_tasks(tasks)
+    arms = _list(data.get("arms", ["ella"]), str, "arms")
+    for arm in arms:
+        if arm not in ARMS:
+            raise SpecError(f"arms: {arm!r} is not one of {list(ARMS)}")
+    training = _mapping(data.get("training"), "training")
+    _known_keys(training, [f.name for f in fields(StreamConfig) if f.name not in ("arm", "seed", "ella")], "training")
+    config = _build(StreamConfig, training | {"ella": _build(EllaConfig, data.get("ella"), "ella")}, "training")
+    return StreamSpec(
+        model=_build(ModelSettings, data.get("model"), "model"),
+        lora=_build(LoraSettings, lora_data, "lora"),
+        tasks=tasks,
+        config=config,
+        arms=tuple(arms),
+        seeds=tuple(_list(data.get("seeds", [0]), int, "seeds")),
+        out=_text(data.get("out", "stream_out"), "out"),
+        title=_text(data.get("title", "A continual run"), "title"),
+        base=base,
+    )
+
+
+def _check_tasks(tasks: TaskSettings) -> None:
+    given = [name for name in ("benchmark", "folders", "docstrings") if getattr(tasks, name) is not None]
+    if len(given) != 1:
+        raise SpecError(f"tasks: expected exactly one of benchmark, folders, docstrings; found {given or 'none'}")
+    if (tasks.order is not None) != (tasks.benchmark is not None):
+        raise SpecError("tasks: 'order' belongs to 'benchmark', and 'benchmark' needs it")
+    if isinstance(tasks.order, str) and tasks.order not in ORDERS:
+        raise SpecError(
+            f"tasks.order: unknown order {tasks.order!r}; expected a list of names or one of {sorted(ORDERS)}"
+        )
+    for name in ("order", "folders", "docstrings"):
+        value = getattr(tasks, name)
+        if isinstance(value, list):
+            _list(value, str, f"tasks.{name}")
+
+
+def _build(kind: type, data: Any, where: str) -> Any:
+    data = _mapping(data, where)
+    _known_keys(data, [f.name for f in fields(kind)], where)
+    for f in fields(kind):
+        if f.name in data:
+            default = f.default if f.default is not MISSING else None
+            data[f.name] = _typed(data[f.name], default, str(f.type), f"{where}.{f.name}")
+    try:
+        return kind(**data)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{where}: {error}") from error
+
+
+def _typed(value: Any, default: Any, annotation: str, where: str) -> Any:
+    """A value of the field's kind. Yaml reads 1e-3 as text (it wants 1.0e-3), so numbers in text are accepted."""
+    if value is None and ("None" in annotation or default is None):
+        return value
+    if "float" in annotation and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise SpecError(f"{where}: expected a number, found {value!r}") from None
+    if annotation.startswith("int") and (not isinstance(value, int) or isinstance(value, bool)):
+        raise SpecError(f"{where}: expected an integer, found {value!r}")
+    if annotation.startswith("bool") and not isinstance(value, bool):
+        raise SpecError(f"{where}: expected true or false, found {value!r}")
+    if annotation.startswith("str") and not isinstance(value, str):
+        raise SpecError(f"{where}: expected text, found {value!r}")
+    if annotation.startswith("list") and not isinstance(value, (list, str)):
+        raise SpecError(f"{where}: expected a list, found {value!r}")
+    return value
+
+
+def _mapping(data: Any, where: str) -> dict[str, Any]:
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise SpecError(f"{where}: expected keys with values, found {type(data).__name__}")
+    return dict(data)
+
+
+def _known_keys(data: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = sorted(str(key) for key in data if key not in known)
+    if unknown:
+        raise SpecError(f"{where}: unknown keys {unknown}; known are {sorted(known)}")
+
+
+def _list(data: Any, kind: type, where: str) -> list:
+    if not isinstance(data, list) or not data or not all(type(item) is kind for item in data):
+        raise SpecError(f"{where}: expected a list of {'texts' if kind is str else 'integers'}, found {data!r}")
+    return data
+
+
+def _text(data: Any, where: str) -> str:
+    if not isinstance(data, str) or not data:
+        raise SpecError(f"{where}: expected text, found {data!r}")
+    return data

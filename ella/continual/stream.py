@@ -1,0 +1,298 @@
+"""The continual run: task after task into one model, with a matrix of what is still known.
+
+Four arms differ in nothing but what happens to the adapter:
+
+========  =========================================================================================
+"one"     one LoRA adapter trained on through all tasks; no fold, no penalty
+"fresh"   a fresh adapter per task, folded into the past at its end; no penalty
+"ella"    the same with the ELLA penalty against the past
+"alone"   a fresh adapter per task, the earlier ones forgotten: the reference of forward transfer
+========  =========================================================================================
+
+Every task starts from a seed made of (seed, task index), so a run resumed after task i continues as if it had never
+stopped, and arms with the same seed see the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ella.config import EllaConfig
+from ella.regularizer import EllaRegularizer
+
+from .metrics import NAN, AccuracyMatrix
+from .models import EncodedTask, TextClassifier
+from .state import StreamState
+from .tasks import Task
+
+__all__ = ["ARMS", "StreamConfig", "StreamResult", "run_stream"]
+
+ARMS = ("one", "fresh", "ella", "alone")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Settings of a run; the optimiser is AdamW at a constant rate, new for every task.
+
+    ``evaluate`` is "seen" (tasks so far and the next one, which zero-shot forward transfer needs) or "all".
+    ``dropout`` False trains in eval mode: no dropout anywhere. ``ella`` holds the penalty of the "ella" arm; the
+    "fresh" arm takes only how the past is kept from it.
+    """
+
+    arm: str = "ella"
+    seed: int = 0
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    epochs: int = 1
+    batch_size: int = 16
+    eval_batch_size: int = 64
+    max_grad_norm: float | None = 1.0
+    dropout: bool = False
+    evaluate: str = "seen"
+    ella: EllaConfig = field(default_factory=EllaConfig)
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise ValueError(f"arm is {self.arm!r}; expected one of {ARMS}")
+        if self.evaluate not in ("seen", "all"):
+            raise ValueError(f"evaluate is {self.evaluate!r}; expected 'seen' or 'all'")
+        for name in ("epochs", "batch_size", "eval_batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer of at least 1")
+        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
+            raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a finite number above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain json."""
+        return asdict(self)
+
+
+@dataclass
+class StreamResult:
+    """What a run leaves: the matrix, one dict per task of costs and losses, and the sizes of the past.
+
+    ``tasks[i]`` holds ``name``, ``steps``, ``seconds`` (training), ``penalty_seconds``, ``loss`` and ``penalty``
+    (means over the last fifth of the steps) and ``evaluation_seconds``. ``state_bytes`` are those of the stored past
+    factors, ``dense_bytes`` what a float32 (out, in) past of the same layers would take.
+    """
+
+    config: dict[str, Any]
+    matrix: AccuracyMatrix
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    state_bytes: int = 0
+    dense_bytes: int = 0
+    layers: int = 0
+
+    @property
+    def arm(self) -> str:
+        return self.config["arm"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    def penalty_share(self) -> float:
+        """Penalty time over step time, over the tasks that had a past; NaN when there were none."""
+        later = [t for t in self.tasks[1:] if t["penalty_seconds"] > 0]
+        return sum(t["penalty_seconds"] for t in later) / sum(t["seconds"] for t in later) if later else NAN
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain json; the inverse is :meth:`from_dict`."""
+        data = {k: getattr(self, k) for k in ("config", "tasks", "state_bytes", "dense_bytes", "layers")}
+        return data | {"matrix": self.matrix.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> StreamResult:
+        return cls(**{**data, "matrix": AccuracyMatrix.from_dict(data["matrix"])})
+
+
+def run_stream(
+    classifier: TextClassifier,
+    tasks: Sequence[Task],
+    config: StreamConfig | None = None,
+    out_dir: str | Path | None = None,
+    *,
+    untrained: Sequence[float] | None = None,
+    progress: bool = True,
+    on_task_end: Callable[[int, StreamResult], None] | None = None,
+) -> StreamResult:
+    """Train ``classifier`` on ``tasks`` one after another and measure what remains.
+
+    Args:
+        classifier: freshly built; its adapter is initialised from the seed here, whatever it holds.
+        tasks: in stream order, with distinct names.
+        config: see :class:`StreamConfig`.
+        out_dir: where finished tasks are saved. If it holds the state of the same run, the run continues after its
+            last finished task and ends with the same matrix as an unbroken one.
+        untrained: scores of the model before training, where they are known; measured here if None.
+        progress: show tqdm bars.
+        on_task_end: called with (task index, result so far) once a task is evaluated and saved.
+
+    Raises ValueError for no tasks or repeated names, and when ``out_dir`` holds another run (the message lists what
+    differs) or the classifier already carries a past.
+    """
+    config = config or StreamConfig()
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"expected at least one task and distinct names, found {names}")
+    if any(".ella_past." in name for name, _ in classifier.model.named_parameters()):
+        raise ValueError("the classifier already carries a past; build a fresh one for every run")
+
+    run = {
+        "config": config.to_dict(),
+        "model": classifier.describe(),
+        "tasks": {task.name: task.fingerprint() for task in tasks},
+        "order": names,
+    }
+    state = StreamState(out_dir, run) if out_dir is not None else None
+    test = [classifier.encode(task.test, task.labels) for task in tasks]
+    saved = state.load() if state else None
+
+    if saved is None:
+        _seed_adapter(classifier, config.seed, 0)
+        regularizer = _new_regularizer(classifier, config)
+        result = StreamResult(config.to_dict(), AccuracyMatrix(names))
+        result.dense_bytes, result.layers = _dense_bytes(classifier)
+        if untrained is None:
+            untrained = [
+                classifier.accuracy(t, config.eval_batch_size)
+                for t in tqdm(test, "untrained", disable=not progress, leave=False)
+            ]
+        result.matrix = AccuracyMatrix(names, untrained=list(untrained))
+    else:
+        result = StreamResult.from_dict(saved["result"])
+        regularizer = _new_regularizer(classifier, config, state.past_dir)
+        state.load_adapter(classifier.model, classifier.adapter_name)
+
+    for index in range(len(result.tasks), len(tasks)):
+        task = tasks[index]
+        # The adapter a task starts from depends on nothing but the seed and the index: that is what resumes exactly.
+        if index > 0 and config.arm != "one":
+            _seed_adapter(classifier, config.seed, index)
+        train = classifier.encode(task.train, task.labels)
+        label = f"{config.arm}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
+        record = {"name": task.name} | _train(classifier, train, regularizer, config, index, label, progress)
+        if config.arm in ("fresh", "ella"):
+            regularizer.end_task(task.name)
+        start = time.perf_counter()
+        result.matrix.add_row(_evaluate(classifier, test, config, index))
+        record["evaluation_seconds"] = time.perf_counter() - start
+        result.tasks.append(record)
+        result.state_bytes = _past_bytes(classifier)
+        if state:
+            state.save(index, task.name, result.to_dict(), classifier.model, classifier.adapter_name, regularizer)
+        if on_task_end:
+            on_task_end(index, result)
+    return result
+
+
+def _train(
+    classifier: TextClassifier,
+    train: EncodedTask,
+    regularizer: EllaRegularizer | None,
+    config: StreamConfig,
+    index: int,
+    label: str,
+    progress: bool,
+) -> dict[str, Any]:
+    model = classifier.model
+    seed = task_seed(config.seed, index)
+    torch.manual_seed(seed)
+    model.train(config.dropout)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    batches = [b for epoch in range(config.epochs) for b in train.batches(config.batch_size, seed + epoch)]
+    penalised = regularizer is not None and config.arm == "ella" and index > 0
+    losses: list[torch.Tensor] = []
+    penalties: list[torch.Tensor] = []
+    penalty_seconds = 0.0
+    start = time.perf_counter()
+    with tqdm(batches, label, disable=not progress, leave=False) as bar:
+        for step, rows in enumerate(bar):
+            optimizer.zero_grad(set_to_none=True)
+            loss = classifier.loss(train, rows)
+            loss.backward()
+            if penalised:
+                before = time.perf_counter()
+                penalty = regularizer.add_gradient_()
+                penalties.append(penalty.detach())
+                penalty_seconds += time.perf_counter() - before
+            if config.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+            # Reading a value waits for the device, so not on every step.
+            if progress and step % 10 == 0:
+                shown = f"{float(penalties[-1]):.2e}" if penalties else "0"
+                bar.set_postfix(loss=f"{float(losses[-1]):.3f}", penalty=shown)
+    seconds = time.perf_counter() - start
+    model.eval()
+    tail = max(1, len(batches) // 5)
+    return {
+        "steps": len(batches),
+        "seconds": seconds,
+        "penalty_seconds": penalty_seconds,
+        "loss": math.fsum(map(float, losses[-tail:])) / tail,
+        "penalty": math.fsum(map(float, penalties[-tail:])) / tail if penalties else 0.0,
+    }
+
+
+def _evaluate(classifier: TextClassifier, test: list[EncodedTask], config: StreamConfig, index: int) -> list[float]:
+    """Row ``index`` of the matrix: NaN for tasks that the arm and the setting leave out."""
+    if config.arm == "alone":
+        wanted = {index}
+    elif config.evaluate == "all":
+        wanted = set(range(len(test)))
+    else:
+        wanted = set(range(index + 2))
+    return [classifier.accuracy(t, config.eval_batch_size) if j in wanted else NAN for j, t in enumerate(test)]
+
+
+def task_seed(seed: int, index: int) -> int:
+    """The seed of task ``index``: a 63-bit hash of the pair, the same on every machine."""
+    digest = hashlib.sha256(json.dumps([seed, index]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _seed_adapter(classifier: TextClassifier, seed: int, index: int) -> None:
+    """Initialise the trainable adapter (A random, B zero) from (seed, index)."""
+    torch.manual_seed(task_seed(seed, index))
+    name = classifier.adapter_name
+    for module in classifier.model.modules():
+        if hasattr(module, "reset_lora_parameters") and name in getattr(module, "r", {}):
+            module.reset_lora_parameters(name, init_lora_weights=True)
+
+
+def _new_regularizer(
+    classifier: TextClassifier, config: StreamConfig, past_dir: Path | None = None
+) -> EllaRegularizer | None:
+    if config.arm not in ("fresh", "ella"):
+        return None
+    if past_dir is not None:
+        return EllaRegularizer.from_pretrained(classifier.model, str(past_dir))
+    return EllaRegularizer(classifier.model, config.ella)
+
+
+def _dense_bytes(classifier: TextClassifier) -> tuple[int, int]:
+    """(bytes, layers) of a float32 (out, in) past of every layer the adapter is on."""
+    shapes = [
+        (module.lora_B[classifier.adapter_name].weight.shape[0], module.lora_A[classifier.adapter_name].weight.shape[1])
+        for module in classifier.model.modules()
+        if hasattr(module, "lora_A") and classifier.adapter_name in module.lora_A
+    ]
+    return sum(4 * rows * columns for rows, columns in shapes), len(shapes)
+
+
+def _past_bytes(classifier: TextClassifier) -> int:
+    parameters = classifier.model.named_parameters()
+    return sum(p.numel() * p.element_size() for name, p in parameters if ".ella_past." in name)

@@ -1,0 +1,226 @@
+"""Text classification tasks: records in, a checked :class:`Task` out.
+
+Three sources: the O-LoRA benchmark layout on disk (:func:`read_task`, :func:`load_benchmark`), any
+``datasets.Dataset`` or list of records (:meth:`Task.from_records`), and the docstrings every Python installation
+carries (:mod:`ella.continual.docstrings`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ORDERS", "Record", "Task", "TaskError", "load_benchmark", "read_task"]
+
+Record = dict[str, str]
+
+_ORDER_TEXT = {
+    "standard-1": "dbpedia amazon yahoo agnews",
+    "standard-2": "dbpedia amazon agnews yahoo",
+    "standard-3": "yahoo amazon agnews dbpedia",
+    "long-4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
+    "long-5": "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo",
+    "long-6": "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC",
+}
+#: Task orders of the literature, by folder name (orders 1 to 6 of O-LoRA, Wang et al. 2023).
+ORDERS: dict[str, tuple[str, ...]] = {name: tuple(text.split()) for name, text in _ORDER_TEXT.items()}
+
+
+class TaskError(ValueError):
+    """A task that cannot be read: says which file or record, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task of a stream.
+
+    ``train``, ``dev`` and ``test`` hold records ``{"sentence": str, "label": str}``; every label is one of ``labels``,
+    whose order is the class index. Immutable; :meth:`subset` makes a smaller one.
+
+    Raises :class:`TaskError` when a split has a record without both keys, a label outside ``labels``, no labels at
+    all, a repeated label, or when ``train`` or ``test`` is empty.
+    """
+
+    name: str
+    train: tuple[Record, ...]
+    test: tuple[Record, ...]
+    labels: tuple[str, ...]
+    dev: tuple[Record, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise TaskError(f"task {self.name!r} has no labels; expected a list of at least one label text")
+        if len(set(self.labels)) != len(self.labels):
+            repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
+            raise TaskError(f"task {self.name!r} lists labels more than once: {repeated}")
+        for split in ("train", "dev", "test"):
+            records = getattr(self, split)
+            if not records and split != "dev":
+                raise TaskError(f"task {self.name!r} has an empty {split} split; expected at least one record")
+            _check_records(records, self.labels, f"task {self.name!r}, {split}")
+
+    @classmethod
+    def from_records(
+        cls,
+        name: str,
+        train: Iterable[Any],
+        test: Iterable[Any],
+        dev: Iterable[Any] = (),
+        labels: Sequence[str] | None = None,
+        *,
+        sentence_column: str = "sentence",
+        label_column: str = "label",
+    ) -> Task:
+        """A task from lists of dicts or ``datasets.Dataset`` objects.
+
+        Integer labels are turned into text through ``labels``, or through the ``names`` of a ``ClassLabel`` feature.
+        Without ``labels`` and without such a feature the sorted texts found in ``train`` are the labels.
+        """
+        names = None if labels is None else [str(label) for label in labels]
+        if names is None:
+            feature = getattr(train, "features", None)
+            names = getattr(feature.get(label_column), "names", None) if feature else None
+        splits = {
+            split: tuple(
+                _convert(
+                    row,
+                    f"task {name!r}, {split}[{i}]",
+                    names,
+                    sentence_column,
+                    label_column,
+                )
+                for i, row in enumerate(rows)
+            )
+            for split, rows in (("train", train), ("dev", dev), ("test", test))
+        }
+        if names is None:
+            names = sorted({record["label"] for record in splits["train"]})
+        return cls(name=name, labels=tuple(names), **splits)
+
+    def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> Task:
+        """At most ``train`` and ``test`` records, class-balanced, drawn by ``seed`` (same seed, same records)."""
+        return replace(
+            self,
+            train=_balanced(self.train, self.labels, train, f"{self.name}/train/{seed}"),
+            test=_balanced(self.test, self.labels, test, f"{self.name}/test/{seed}"),
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of everything a run depends on: labels and all records of train and test, in order."""
+        digest = hashlib.sha256(json.dumps([self.name, self.labels]).encode())
+        for split in (self.train, self.test):
+            for record in split:
+                digest.update(json.dumps([record["sentence"], record["label"]]).encode())
+            digest.update(b"|")
+        return digest.hexdigest()[:16]
+
+
+def read_task(folder: str | Path) -> Task:
+    """Read ``{train,dev,test}.json`` and ``labels.json`` of one O-LoRA task folder; the folder's name is the task's.
+
+    ``dev.json`` may be missing. Raises :class:`TaskError` for a missing or unreadable file, a record without
+    ``sentence`` and ``label``, or a label that ``labels.json`` does not list.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TaskError(f"no task folder at {folder}; expected a folder with train.json, test.json and labels.json")
+    labels = _read_json(folder / "labels.json")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise TaskError(f"{folder / 'labels.json'} holds {type(labels).__name__}; expected a list of label texts")
+    splits = {}
+    for split in ("train", "dev", "test"):
+        path = folder / f"{split}.json"
+        if split == "dev" and not path.exists():
+            continue
+        records = _read_json(path)
+        if not isinstance(records, list):
+            raise TaskError(f"{path} holds {type(records).__name__}; expected a list of records")
+        splits[split] = tuple(_convert(row, f"{path}, record {i}", labels) for i, row in enumerate(records))
+    return Task(name=folder.name, labels=tuple(labels), **splits)
+
+
+def load_benchmark(directory: str | Path, order: Sequence[str]) -> list[Task]:
+    """The tasks of ``order`` from a ``<group>/<task>`` tree, found by name (any case) in whatever group holds them.
+
+    Raises :class:`TaskError` naming the tasks there are when one is not found, and when two groups hold one name.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise TaskError(f"no benchmark folder at {root}; expected <group>/<task>/train.json below it")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(root.glob("*/train.json")) + sorted(root.glob("*/*/train.json")):
+        found.setdefault(path.parent.name.lower(), []).append(path.parent)
+    tasks = []
+    for name in order:
+        folders = found.get(name.lower(), [])
+        if not folders:
+            raise TaskError(f"no task {name!r} below {root}; found {sorted(found) or 'no task folders'}")
+        if len(folders) > 1:
+            raise TaskError(f"task {name!r} stands in {len(folders)} folders: {', '.join(map(str, folders))}")
+        tasks.append(read_task(folders[0]))
+    return tasks
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TaskError(f"missing file {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} is not readable as UTF-8 json: {error}") from error
+
+
+def _convert(
+    row: Any,
+    where: str,
+    names: Sequence[str] | None,
+    sentence_column: str = "sentence",
+    label_column: str = "label",
+) -> Record:
+    try:
+        sentence, label = row[sentence_column], row[label_column]
+    except (KeyError, TypeError, IndexError):
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise TaskError(f"{where}: expected keys {sentence_column!r} and {label_column!r}, found {found}") from None
+    if isinstance(label, int) and not isinstance(label, bool):
+        if names is None:
+            raise TaskError(f"{where}: label {label} is a number; pass labels=[...] to say what it stands for")
+        if not 0 <= label < len(names):
+            raise TaskError(f"{where}: label {label} is outside the {len(names)} labels {list(names)}")
+        label = names[label]
+    if not isinstance(sentence, str) or not isinstance(label, str):
+        raise TaskError(
+            f"{where}: expected text in {sentence_column!r} and {label_column!r}, "
+            f"found {type(sentence).__name__} and {type(label).__name__}"
+        )
+    return {"sentence": sentence, "label": label}
+
+
+def _check_records(records: Sequence[Record], labels: Sequence[str], where: str) -> None:
+    known = set(labels)
+    for i, record in enumerate(records):
+        if not isinstance(record, dict) or not {"sentence", "label"} <= record.keys():
+            found = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise TaskError(f"{where}[{i}]: expected keys 'sentence' and 'label', found {found}")
+        if record["label"] not in known:
+            raise TaskError(f"{where}[{i}]: label {record['label']!r} is not one of the labels {list(labels)}")
+
+
+def _balanced(records: Sequence[Record], labels: Sequence[str], limit: int | None, key: str) -> tuple[Record, ...]:
+    if limit is None or limit >= len(records):
+        return tuple(records)
+    if limit < 1:
+        raise TaskError(f"a split of {limit} records was asked for; expected at least 1")
+    # A string seed is hashed by its bytes: the same on every machine and under every PYTHONHASHSEED.
+    rng = random.Random(key)
+    groups = {label: [record for record in records if record["label"] == label] for label in labels}
+    for group in groups.values():
+        rng.shuffle(group)
+    depth = max(len(group) for group in groups.values())
+    turns = [group[i] for i in range(depth) for group in groups.values() if i < len(group)]
+    return tuple(turns[:limit])
