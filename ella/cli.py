@@ -127,7 +127,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _fold(arguments: argparse.Namespace) -> None:
     from ella.offline import fold_adapters
 
-    fold_adapters(arguments.adapters, arguments.out, past_rank=arguments.past_rank)
+    reports = fold_adapters(arguments.adapters, arguments.out, past_rank=arguments.past_rank)
+    for report in reports:
+        ranks = report.ranks.values()
+        print(f"{report.task}: rank {min(ranks)} to {max(ranks)}, relative error {report.max_relative_error:.1e}")
+    print(f"{len(reports)} adapters, {len(reports[-1].ranks)} layers folded into {arguments.out}")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -147,9 +151,12 @@ def _names(text: str) -> tuple[str, ...]:
 def _integers(text: str) -> tuple[int, ...]:
     try:
         first, dash, last = text.partition("-")
-        return tuple(range(int(first), int(last) + 1)) if dash else tuple(int(part) for part in text.split(","))
+        values = range(int(first), int(last) + 1) if dash else [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers like 0,1,2 or 0-2, found {text!r}") from None
+        values = ()
+    if not values:
+        raise argparse.ArgumentTypeError(f"expected integers like 0,1,2 or 0-2, found {text!r}")
+    return tuple(values)
 
 
 def _positive(text: str) -> int:

@@ -25,7 +25,6 @@ _VARIANTS = {
     "_DoraConv": "DoRA rescales every filter by a trained magnitude over the norm of base weight and update together",
     "Kasa": "KaSA truncates the base weight and puts trained singular values between the factors",
     "BdLora": "BD-LoRA stores block-diagonal factors whose stored product is not the update",
-    "QALora": "QA-LoRA pools the input over groups before A",
     "Arrow": "Arrow routes every token to other experts, so there is no one update",
     "ALora": "aLoRA acts only after its invocation tokens, which a past added everywhere would not",
     "Monteclora": "MonteCLoRA perturbs A by samples, so the factors alone are not the update",
@@ -198,6 +197,8 @@ def unsupported_config(config: LoraConfig) -> str | None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         return f"init_lora_weights={init!r} changes the base weight, so the factors alone are not the update"
+    if config.use_qalora:
+        return "QA-LoRA pools the input over groups before A"
     return None
 
 

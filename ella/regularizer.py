@@ -157,9 +157,10 @@ class EllaRegularizer:
     def _current_terms(self) -> list[_Term]:
         """Made at a fold and whenever a stored factor was moved or written; kept otherwise."""
         key = tuple(
-            (part.left.data_ptr(), part.left._version, part.left.device)
+            (factor.data_ptr(), factor._version, factor.device)
             for i in self._penalised
             for part in (read_past(self.layers[i]) or ())[:1]
+            for factor in part[:2]
         )
         if self._terms is None or self._terms[0] != key:
             self._terms = key, [term for i in self._penalised for term in self._layer_terms(i)]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from .models import TextClassifier
 from .report import ARM_TITLES, environment, format_bytes, format_matrix, summarise, write_report
-from .stream import StreamConfig, StreamResult, run_stream
+from .stream import ARMS, StreamConfig, StreamResult, run_stream
 from .tasks import Task
 
-__all__ = ["compare_arms"]
+__all__ = ["check_arms", "compare_arms", "run_folder"]
 
 
 def compare_arms(
@@ -40,9 +40,9 @@ def compare_arms(
         title, notes: shown in the report.
         progress, echo: tqdm bars; where text goes.
 
-    Returns one result per arm and seed.
+    Returns one result per arm and seed. Raises ValueError for no, unknown or repeated arms and seeds.
     """
-    out = Path(out_dir)
+    check_arms(arms, seeds)
     results: list[StreamResult] = []
     started = time.perf_counter()
     for seed in seeds:
@@ -54,15 +54,14 @@ def compare_arms(
                 build(),
                 tasks,
                 replace(config, arm=arm, seed=seed),
-                out / "runs" / f"{arm}-{seed}",
+                run_folder(out_dir, arm, seed),
                 untrained=untrained,
                 progress=progress,
             )
             untrained = result.matrix.untrained
             of_seed.append(result)
-            oa, bwt = result.matrix.overall_accuracy(), result.matrix.backward_transfer()
             clock = time.perf_counter() - started
-            echo(f"[{clock:4.0f} s] {ARM_TITLES[arm]}, seed {seed}: OA {oa:.1f}, BWT {bwt:+.1f}")
+            echo(f"[{clock:4.0f} s] {ARM_TITLES[arm]}, seed {seed}: {_scores(result)}")
         alone = next((r for r in of_seed if r.arm == "alone"), None)
         if alone is not None:
             scores = [row[j] for j, row in enumerate(alone.matrix.rows)]
@@ -70,16 +69,42 @@ def compare_arms(
                 result.matrix.alone = scores
         results += of_seed
         # After every seed: what is done is on disk should a later one be stopped.
-        paths = write_report(out, results, title=title, notes=notes, env=environment())
+        paths = write_report(out_dir, results, title=title, notes=notes, env=environment())
     echo("\n" + render_text(results))
     echo(f"report: {paths[1]}\n        {paths[0]}")
     return results
+
+
+def run_folder(out_dir: str | Path, arm: str, seed: int) -> Path:
+    """Where the state of one run is kept."""
+    return Path(out_dir) / "runs" / f"{arm}-{seed}"
+
+
+def check_arms(arms: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises ValueError for no, unknown or repeated arms, and for no or repeated seeds."""
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"unknown arms {unknown}; expected some of {list(ARMS)}")
+    for name, values in (("arms", arms), ("seeds", seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} must be at least one and distinct, found {list(values)}")
+
+
+def _scores(result: StreamResult) -> str:
+    matrix = result.matrix
+    if result.arm == "alone":
+        own = [row[j] for j, row in enumerate(matrix.rows)]
+        return f"mean accuracy {math.fsum(own) / len(own):.1f}"
+    bwt = "" if len(matrix.tasks) == 1 else f", BWT {matrix.backward_transfer():+.1f}"
+    return f"OA {matrix.overall_accuracy():.1f}{bwt}"
 
 
 def render_text(results: Sequence[StreamResult]) -> str:
     """The matrices and the summary of all arms as text for a terminal."""
     summary = summarise(results)
     blocks = [f"{ARM_TITLES[arm]}\n{format_matrix(s['matrix'])}\n" for arm, s in summary.items() if arm != "alone"]
+    if not blocks:
+        return ""
     lines = [f"{'':24}{'OA':>8}{'BWT':>8}{'FWT*':>8}{'FWT**':>8}"]
     for arm, s in summary.items():
         if arm != "alone":

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from ella.config import EllaConfig
 
-from .compare import compare_arms
+from .compare import check_arms, compare_arms, run_folder
 from .docstrings import docstring_tasks
 from .models import LoraSettings, build_classifier, packaged_minilm
+from .state import StreamState
 from .stream import StreamConfig, StreamResult
 from .tasks import Task, load_benchmark
 
@@ -49,14 +49,17 @@ def run_demo(
     Args:
         data: a benchmark folder in the O-LoRA layout; None builds the tasks from installed docstrings.
         order: task names, with ``data`` only.
-        seeds: one full comparison per seed; the seed draws the examples, their order and the adapters.
+        seeds: one full comparison per seed; the seed draws a benchmark's examples, their order and the adapters.
         train_examples, test_examples: per task; None takes the default of the data source.
         ella_lambda: strength of the ELLA arm.
         arms: see :data:`ella.continual.stream.ARMS`; "alone" adds the second forward transfer.
-        out_dir: report and states; earlier states there are deleted unless ``resume``.
+        out_dir: report and states; earlier states of these arms and seeds there are deleted unless ``resume``.
         resume: continue an interrupted demo with the same settings.
         progress: show tqdm bars.
+
+    Raises ImportError without the packaged model, TaskError for data that cannot be used, ValueError for bad settings.
     """
+    check_arms(arms, seeds)
     packaged_minilm()  # a missing model is said before any work
     size = BENCHMARK_SIZE if data else DOCSTRING_SIZE
     n_train, n_test = train_examples or size[0], test_examples or size[1]
@@ -70,21 +73,22 @@ def run_demo(
     def tasks_of_seed(seed: int) -> list[Task]:
         return [task.subset(n_train, n_test, seed) for task in tasks]
 
-    out = Path(out_dir)
-    if not resume:
-        shutil.rmtree(out / "runs", ignore_errors=True)
     ella = EllaConfig(**{**vars(DEMO_CONFIG.ella), "ella_lambda": ella_lambda})
     sizes = "; ".join(
         f"{t.name} {len(t.train)}/{len(t.test)}, {len(t.labels)} classes" for t in tasks_of_seed(seeds[0])
     )
+    if not resume:
+        for arm in arms:
+            for seed in seeds:
+                StreamState(run_folder(out_dir, arm, seed), {}).clear()
     return compare_arms(
         lambda: build_classifier(lora=DEMO_LORA, max_length=MAX_LENGTH),
         tasks_of_seed,
         StreamConfig(**{**vars(DEMO_CONFIG), "ella": ella}),
         arms=arms,
         seeds=seeds,
-        out_dir=out,
-        title="Continual learning with ELLA: four tasks, three ways",
+        out_dir=out_dir,
+        title=f"Continual learning with ELLA: {', '.join(task.name for task in tasks)}",
         notes={
             "data": source,
             "examples (train/test)": sizes,

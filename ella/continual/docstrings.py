@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -88,6 +89,7 @@ _SKIPPED_FOLDERS = {
 }
 _MAX_CHARACTERS = 360
 _MIN_CHARACTERS = 40
+_MIN_TEXTS = 8  # of a class
 
 
 def docstring_tasks(
@@ -128,8 +130,8 @@ def _area_task(area: str, train_per_task: int, test_per_task: int, max_classes: 
     for label, patterns in candidates:
         if len(texts) == n_classes:
             break
-        found = _collect(root, patterns, mask, 2 * wanted)
-        if len(found) >= max(wanted // 2, 8):
+        found = _collect(root, patterns, mask, max(2 * wanted, 2 * _MIN_TEXTS))
+        if len(found) >= max(wanted // 2, _MIN_TEXTS):
             texts[label] = found
     if len(texts) < 2:
         raise TaskError(
@@ -140,9 +142,9 @@ def _area_task(area: str, train_per_task: int, test_per_task: int, max_classes: 
         for text in found:
             counts[text] = counts.get(text, 0) + 1
 
-    n_test, n_train = test_per_task // len(texts), train_per_task // len(texts)
     splits: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    for label, found in texts.items():
+    for i, (label, found) in enumerate(texts.items()):
+        n_test, n_train = _share(test_per_task, len(texts), i), _share(train_per_task, len(texts), i)
         usable = sorted(
             ((s, t) for t, s in found.items() if counts[t] == 1),
             key=lambda pair: _rank(pair[0]),
@@ -157,6 +159,11 @@ def _area_task(area: str, train_per_task: int, test_per_task: int, max_classes: 
         test=tuple(splits["test"]),
         labels=tuple(texts),
     )
+
+
+def _share(total: int, parts: int, index: int) -> int:
+    """The size of part ``index`` when ``total`` is spread evenly; the first parts take the remainder."""
+    return total // parts + (index < total % parts)
 
 
 def _package_root(package: str | None) -> Path:
@@ -207,7 +214,9 @@ def _python_files(path: Path) -> Iterator[Path]:
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
     """(qualified symbol, docstring) of a file's classes and functions, outermost first; nothing if unparsable."""
     try:
-        tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings():  # invalid escapes in other people's sources
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return
     queue: list[tuple[ast.AST, str]] = [(tree, "")]

@@ -7,6 +7,7 @@ any labels in the same parameters, which is what a continual stream needs.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 from abc import ABC, abstractmethod
@@ -36,12 +37,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What is passed on to ``peft.LoraConfig``; ``target_modules`` None leaves the choice to PEFT."""
+    """What is passed on to ``peft.LoraConfig``.
+
+    ``target_modules`` None leaves the choice to PEFT; a text is what PEFT makes of it ("all-linear", or a pattern).
+    """
 
     r: int = 8
     alpha: float = 16
     dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,15 +133,20 @@ class TextClassifier(ABC):
         return 100.0 * sum(p == t for p, t in zip(predicted, task.targets, strict=True)) / len(task)
 
     def describe(self) -> dict[str, Any]:
-        """Kind, backbone, parameter count and LoRA settings: what a saved run must agree on."""
+        """Kind, backbone, its weights' fingerprint, and settings: what a saved run must agree on."""
         lora = self.model.peft_config[self.adapter_name]
+        targets = lora.target_modules or ()
+        base = [(n, p) for n, p in self.model.named_parameters() if "lora_" not in n]
         return {
             "kind": self.kind,
             "model_type": getattr(self.model.config, "model_type", type(self.model).__name__),
-            "base_parameters": sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n),
+            "base_parameters": sum(p.numel() for _, p in base),
+            "base_dtype": str(base[0][1].dtype).removeprefix("torch."),
+            "base_fingerprint": _fingerprint(base),
             "r": lora.r,
             "alpha": lora.lora_alpha,
-            "target_modules": sorted(lora.target_modules or ()),
+            "dropout": lora.lora_dropout,
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
             "max_length": self.max_length,
         }
 
@@ -162,7 +171,12 @@ class EncoderClassifier(TextClassifier):
 
     def __init__(self, model: Any, tokenizer: Any, *, temperature: float = 20.0, **options: Any) -> None:
         super().__init__(model, tokenizer, **options)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, found {temperature}")
         self.temperature = temperature
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"temperature": self.temperature}
 
     def encode(self, records: Sequence[Record], labels: Sequence[str]) -> EncodedTask:
         index = {label: i for i, label in enumerate(labels)}
@@ -206,13 +220,21 @@ class LabelGenerator(TextClassifier):
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         self.kind = "seq2seq" if self.seq2seq else "causal"
         self.template = template or "{sentence}\nOptions: {options}\nAnswer:"
-        if "{sentence}" not in self.template:
-            raise ValueError(f"the prompt template needs the field {{sentence}}, found {self.template!r}")
+        if self.template.count("{sentence}") != 1:
+            raise ValueError(f"the prompt template needs the field {{sentence}} once, found {self.template!r}")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos token, so a generated label would not end; set one")
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"template": self.template}
 
     def encode(self, records: Sequence[Record], labels: Sequence[str]) -> EncodedTask:
         index = {label: i for i, label in enumerate(labels)}
-        head, tail = self.template.replace("{options}", ", ".join(labels)).split("{sentence}")
-        head_ids, tail_ids = self._ids([head, tail], special=False)
+        if len({_normal(label) for label in labels}) < len(labels):
+            raise ValueError(f"labels must differ by more than case, spaces and closing punctuation: {list(labels)}")
+        options = ", ".join(labels)
+        parts = [part.replace("{options}", options) for part in self.template.split("{sentence}")]
+        head_ids, tail_ids = self._ids(parts, special=False)
         # What the tokenizer puts around a text (bos, a closing eos), found by asking it once.
         front, back = self._specials()
         room = self.max_length - len(head_ids) - len(tail_ids) - len(front) - len(back)
@@ -223,10 +245,9 @@ class LabelGenerator(TextClassifier):
             )
         sentences = self._ids([record["sentence"] for record in records], special=False)
         tokens = [front + head_ids + ids[:room] + tail_ids + back for ids in sentences]
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         # A causal answer continues "Answer:", hence the space before it.
         answers = [label if self.seq2seq else f" {label}" for label in labels]
-        label_tokens = [ids + end for ids in self._ids(answers, special=False)]
+        label_tokens = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(answers, special=False)]
         return EncodedTask(
             tokens,
             [index[record["label"]] for record in records],
@@ -237,12 +258,10 @@ class LabelGenerator(TextClassifier):
     def _specials(self) -> tuple[list[int], list[int]]:
         inner = self._ids(["a"], special=False)[0]
         whole = self._ids(["a"])[0]
-        if not self.seq2seq:
-            # A closing eos would end the prompt before the answer.
-            return (whole[: len(whole) - len(inner)] if whole[-len(inner) :] == inner else []), []
         for start in range(len(whole) - len(inner) + 1):
             if whole[start : start + len(inner)] == inner:
-                return whole[:start], whole[start + len(inner) :]
+                # A decoder's prompt is continued: a closing eos would end it before the answer.
+                return whole[:start], whole[start + len(inner) :] if self.seq2seq else []
         return [], []
 
     def loss(self, task: EncodedTask, rows: Sequence[int]) -> torch.Tensor:
@@ -274,6 +293,9 @@ class LabelGenerator(TextClassifier):
                 attention_mask=mask,
                 max_new_tokens=longest,
                 do_sample=False,
+                num_beams=1,
+                # What the answers were trained to end with, whatever the model's own settings say.
+                eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             new = output if self.seq2seq else output[:, ids.shape[1] :]
@@ -288,6 +310,15 @@ class LabelGenerator(TextClassifier):
 
 def _normal(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+
+
+def _fingerprint(parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> str:
+    """A hash of every parameter's name, shape and first values: tells models apart without reading all of them."""
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def packaged_minilm() -> Path:
@@ -329,11 +360,15 @@ def build_classifier(
         dtype: of the base model, e.g. "float32" or "bfloat16".
         device: where the model is put.
 
-    Raises ValueError for an unknown kind or dtype, ImportError when the packaged model is missing.
+    Raises ValueError for an unknown kind, dtype or device, ImportError when the packaged model is missing.
     """
     import transformers
     from peft import LoraConfig, get_peft_model
 
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; expected e.g. 'float32' or 'bfloat16'")
+    _check_device(device)
     path = packaged_minilm() if path is None else path
     local = {"local_files_only": True} if Path(path).is_dir() else {}
     config = transformers.AutoConfig.from_pretrained(path, **local)
@@ -348,9 +383,6 @@ def build_classifier(
     }
     if kind not in loaders:
         raise ValueError(f"unknown model kind {kind!r}; expected 'auto' or one of {sorted(loaders)}")
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; expected e.g. 'float32' or 'bfloat16'")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
     base = loaders[kind].from_pretrained(path, dtype=torch_dtype, **local).to(device)
     settings = asdict(lora or LoraSettings())
@@ -367,10 +399,17 @@ def build_classifier(
         r=settings["r"],
         lora_alpha=settings["alpha"],
         lora_dropout=settings["dropout"],
-        target_modules=list(targets) if targets else None,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
         task_type=task_type,
     )
     model = get_peft_model(base, peft_config)
     if kind == "encoder":
         return EncoderClassifier(model, tokenizer, temperature=temperature, max_length=max_length)
     return LabelGenerator(model, tokenizer, template=template, max_length=max_length)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

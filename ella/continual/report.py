@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -51,7 +52,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
-        "command": " ".join(command if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(command if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
@@ -167,14 +168,8 @@ def render_html(
     runs = {arm: [r for r in results if r.arm == arm] for arm in arms}
     parts = [
         f"<h1>{_esc(title)}</h1>",
-        _headline(summary),
-        "<h2>What is still known</h2>",
-        "<p>Each panel is one task: its accuracy from the moment it was learned to the end of the stream. "
-        "Thick lines are means over seeds, thin lines single seeds. Flat is good.</p>",
-        _legend(arms),
-        '<div class="panels">',
-        *(_curve_svg(name, j, runs) for j, name in enumerate(results[0].matrix.tasks[:-1])),
-        "</div>",
+        *([_headline(summary)] if arms else []),
+        *(_curves(results[0].matrix.tasks, runs) if arms else []),
         "<h2>Accuracy matrices</h2>",
         "<p>Row: after which task. Column: tested on which. Percent, mean over seeds; the diagonal is outlined.</p>",
         '<div class="panels">',
@@ -186,6 +181,21 @@ def render_html(
         _facts(notes, env, results),
     ]
     return _PAGE.format(title=_esc(title), style=_STYLE, body="\n".join(parts))
+
+
+def _curves(tasks: Sequence[str], runs: Mapping[str, Sequence[StreamResult]]) -> list[str]:
+    """The forgetting curves of all tasks but the last; nothing for a stream of one."""
+    if len(tasks) < 2:
+        return []
+    return [
+        "<h2>What is still known</h2>",
+        "<p>Each panel is one task: its accuracy from the moment it was learned to the end of the stream. "
+        "Thick lines are means over seeds, thin lines single seeds. Flat is good.</p>",
+        _legend(list(runs)),
+        '<div class="panels">',
+        *(_curve_svg(name, j, runs) for j, name in enumerate(tasks[:-1])),
+        "</div>",
+    ]
 
 
 def _headline(summary: Mapping[str, Any]) -> str:

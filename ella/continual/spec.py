@@ -60,8 +60,8 @@ class TaskSettings:
             )
         if self.folders is not None:
             return [read_task(base / folder) for folder in self.folders]
-        sizes = {"train_per_task": self.train_examples or 480, "test_per_task": self.test_examples or 200}
-        return docstring_tasks(self.docstrings, **sizes)
+        sizes = {"train_per_task": self.train_examples, "test_per_task": self.test_examples}
+        return docstring_tasks(self.docstrings, **{name: size for name, size in sizes.items() if size is not None})
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def load_spec(path: str | Path) -> StreamSpec:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError(f"no stream file at {path}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not yaml: {error}") from error
     try:
         return parse_spec(data, path.resolve().parent)
@@ -118,8 +118,8 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
         raise SpecError("section 'tasks' is missing; expected benchmark, folders or docstrings")
 
     lora_data = _mapping(data.get("lora"), "lora")
-    if isinstance(lora_data.get("target_modules"), list):
-        lora_data = lora_data | {"target_modules": tuple(lora_data["target_modules"])}
+    if lora_data.get("target_modules") is not None and not isinstance(lora_data["target_modules"], str):
+        lora_data["target_modules"] = tuple(_list(lora_data["target_modules"], str, "lora.target_modules"))
     tasks = _build(TaskSettings, data["tasks"], "tasks")
     _check_tasks(tasks)
     arms = _list(data.get("arms", ["ella"]), str, "arms")
@@ -154,8 +154,12 @@ def _check_tasks(tasks: TaskSettings) -> None:
         )
     for name in ("order", "folders", "docstrings"):
         value = getattr(tasks, name)
-        if isinstance(value, list):
+        if value is not None and not (name == "order" and isinstance(value, str)):
             _list(value, str, f"tasks.{name}")
+    for name in ("train_examples", "test_examples"):
+        value = getattr(tasks, name)
+        if value is not None and value < 1:
+            raise SpecError(f"tasks.{name}: expected at least 1, found {value}")
 
 
 def _build(kind: type, data: Any, where: str) -> Any:
@@ -175,9 +179,9 @@ def _typed(value: Any, default: Any, annotation: str, where: str) -> Any:
     """A value of the field's kind. Yaml reads 1e-3 as text (it wants 1.0e-3), so numbers in text are accepted."""
     if value is None and ("None" in annotation or default is None):
         return value
-    if "float" in annotation and not isinstance(value, bool):
+    if annotation.startswith("float"):
         try:
-            return float(value)
+            return float(str(value) if isinstance(value, bool) else value)
         except (TypeError, ValueError):
             raise SpecError(f"{where}: expected a number, found {value!r}") from None
     if annotation.startswith("int") and (not isinstance(value, int) or isinstance(value, bool)):
@@ -186,8 +190,6 @@ def _typed(value: Any, default: Any, annotation: str, where: str) -> Any:
         raise SpecError(f"{where}: expected true or false, found {value!r}")
     if annotation.startswith("str") and not isinstance(value, str):
         raise SpecError(f"{where}: expected text, found {value!r}")
-    if annotation.startswith("list") and not isinstance(value, (list, str)):
-        raise SpecError(f"{where}: expected a list, found {value!r}")
     return value
 
 

@@ -13,12 +13,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 __all__ = ["StreamState", "write_text_atomically"]
 
 PROGRESS = "progress.json"
 VERSION = 1
+# The names written here: the folder may hold other files, which are left alone.
+_OWN = re.compile(r"after-\d+-.*|\.(after-\d+-.*|progress\.json)\.\d+\.tmp")
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -54,9 +57,13 @@ class StreamState:
         path = self.folder / PROGRESS
         if not path.exists():
             return None
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved.get("version") != VERSION:
-            raise ValueError(f"{path} has format version {saved.get('version')}; this code reads {VERSION}")
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            found = saved["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the progress of a run; delete {self.folder} to start over") from error
+        if found != VERSION:
+            raise ValueError(f"{path} has format version {found}; this code reads {VERSION}")
         differing = _differences(saved["run"], self.run)
         if differing:
             raise ValueError(
@@ -72,7 +79,11 @@ class StreamState:
 
     def load_adapter(self, model: Any, adapter_name: str) -> None:
         """Copy the saved adapter weights into the model's parameters, bit for bit."""
-        tensors = load_file(self.folder / self._current / "adapter.safetensors")
+        path = self.folder / self._current / "adapter.safetensors"
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         own = _adapter_parameters(model, adapter_name)
         if own.keys() != tensors.keys():
             raise ValueError(f"saved adapter has other parameters: {sorted(own.keys() ^ tensors.keys())[:8]}")
@@ -98,9 +109,16 @@ class StreamState:
         self._current = final
         self._sweep()
 
+    def clear(self) -> None:
+        """Forget the saved run; files that are not this class's stay."""
+        self._current = None
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+        self._sweep()
+
     def _sweep(self) -> None:
         """Remove what a killed run left and what is no longer pointed at."""
-        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("after-*")]:
+        own = [path for path in self.folder.glob("*") if _OWN.fullmatch(path.name)]
+        for path in own:
             if path.name == self._current:
                 continue
             if path.is_dir():

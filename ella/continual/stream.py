@@ -71,6 +71,8 @@ class StreamConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer of at least 1")
         if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
             raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a finite number above 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or None")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain json."""
@@ -133,13 +135,14 @@ def run_stream(
         tasks: in stream order, with distinct names.
         config: see :class:`StreamConfig`.
         out_dir: where finished tasks are saved. If it holds the state of the same run, the run continues after its
-            last finished task and ends with the same matrix as an unbroken one.
+            last finished task and ends with the same matrix as an unbroken one (with ``keep_past="merge"`` up to
+            the rounding of merging the tasks at once).
         untrained: scores of the model before training, where they are known; measured here if None.
         progress: show tqdm bars.
         on_task_end: called with (task index, result so far) once a task is evaluated and saved.
 
     Raises ValueError for no tasks or repeated names, and when ``out_dir`` holds another run (the message lists what
-    differs) or the classifier already carries a past.
+    differs), the classifier already carries a past, or the loss stops being finite.
     """
     config = config or StreamConfig()
     names = [task.name for task in tasks]
@@ -237,6 +240,8 @@ def _train(
                 bar.set_postfix(loss=f"{float(losses[-1]):.3f}", penalty=shown)
     seconds = time.perf_counter() - start
     model.eval()
+    if not math.isfinite(float(losses[-1])):
+        raise ValueError(f"training diverged in {label}: the loss is {float(losses[-1])}; try a lower learning_rate")
     tail = max(1, len(batches) // 5)
     return {
         "steps": len(batches),

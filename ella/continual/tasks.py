@@ -153,8 +153,10 @@ def load_benchmark(directory: str | Path, order: Sequence[str]) -> list[Task]:
     if not root.is_dir():
         raise TaskError(f"no benchmark folder at {root}; expected <group>/<task>/train.json below it")
     found: dict[str, list[Path]] = {}
-    for path in sorted(root.glob("*/train.json")) + sorted(root.glob("*/*/train.json")):
-        found.setdefault(path.parent.name.lower(), []).append(path.parent)
+    # A folder that lacks one of its files is found by the other, so that the missing one is named.
+    patterns = ("*/train.json", "*/labels.json", "*/*/train.json", "*/*/labels.json")
+    for folder in sorted({path.parent for pattern in patterns for path in root.glob(pattern)}):
+        found.setdefault(folder.name.lower(), []).append(folder)
     tasks = []
     for name in order:
         folders = found.get(name.lower(), [])
@@ -207,6 +209,9 @@ def _check_records(records: Sequence[Record], labels: Sequence[str], where: str)
         if not isinstance(record, dict) or not {"sentence", "label"} <= record.keys():
             found = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise TaskError(f"{where}[{i}]: expected keys 'sentence' and 'label', found {found}")
+        for key in ("sentence", "label"):
+            if not isinstance(record[key], str):
+                raise TaskError(f"{where}[{i}]: expected text in {key!r}, found {type(record[key]).__name__}")
         if record["label"] not in known:
             raise TaskError(f"{where}[{i}]: label {record['label']!r} is not one of the labels {list(labels)}")
 

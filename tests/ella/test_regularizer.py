@@ -1,0 +1,319 @@
+"""The penalty of a whole model: value, gradient, conventions, and what is on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ella_kernels as ek
+from ella import EllaConfig, EllaRegularizer
+from ella.checkpoint import PAST_FILE, load_past
+from tests.ella.models import EXPERTS, add_deltas, deltas, ids, randomise, tiny
+from tests.kernels.cases import relative_error
+
+
+def model_with_past(config=None, tasks=2, **options):
+    model = tiny(**options)
+    reg = EllaRegularizer(model, config)
+    total = {}
+    for task in range(tasks):
+        randomise(model, 10 + task)
+        total = add_deltas(total, deltas(reg))
+        reg.end_task(f"task {task}")
+    randomise(model, 99)
+    return model, reg, total
+
+
+def penalty_by_hand(reg, total, scale=lambda layer, parts: 1.0):
+    """``P`` per layer by dense matrices in float64."""
+    new = deltas(reg)
+    return {
+        layer.name: scale(layer, total[layer.name])
+        * sum((d * w).square().sum() for d, w in zip(new[layer.name], total[layer.name], strict=True)).item()
+        for layer in reg.layers
+        if layer.tied_to is None
+    }
+
+
+def mean_square(parts):
+    return sum(w.square().sum() for w in parts).item() / sum(w.numel() for w in parts)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("normalize", [None, "rms"])
+@pytest.mark.parametrize("include_scaling", [True, False])
+def test_conventions(reduction, normalize, include_scaling):
+    config = EllaConfig(
+        ella_lambda=7.0, reduction=reduction, normalize=normalize, include_scaling=include_scaling
+    )  # fmt: skip
+    _, reg, total = model_with_past(config, **EXPERTS)
+
+    def scale(layer, parts):
+        factor = 1.0 if include_scaling else layer.scaling() ** -2
+        return factor / mean_square(parts) if normalize else factor
+
+    want = penalty_by_hand(reg, total, scale)
+    assert reg.values() == pytest.approx(want, rel=1e-5)
+    summed = 7.0 * sum(want.values()) / (len(want) if reduction == "mean" else 1)
+    assert reg.penalty().item() == pytest.approx(summed, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hadamard", "spectral"])
+@pytest.mark.parametrize("options", [{}, EXPERTS], ids=["all", "experts"])
+def test_both_forms_give_the_gradient_of_autograd_on_dense_matrices(options, name):
+    config = EllaConfig(ella_lambda=3.0, penalty=name, normalize="rms")
+    model, reg, total = model_with_past(config, **options)
+    loss = sum(
+        3.0
+        / mean_square(total[layer.name])
+        * getattr(ek.reference, f"{name}_penalty")(a.double(), b.double(), w, layer.scaling())
+        for layer in reg.layers
+        for (a, b), w in zip(layer.factors(*layer.parameters()), total[layer.name], strict=True)
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(loss, parameters)
+    found = torch.autograd.grad(reg.penalty(), parameters)
+    for p in parameters:
+        p.grad = torch.full_like(p, 0.25)
+    value = reg.add_gradient_(2.0)
+    assert value.item() == pytest.approx(loss.item(), rel=1e-5)
+    # A spectral past is W's even SVD; the reference makes its own, the same up to rounding.
+    bound = 1e-5 if name == "hadamard" else 1e-4
+    for p, exact, by_autograd in zip(parameters, want, found, strict=True):
+        assert relative_error(by_autograd, exact) < bound
+        assert relative_error(p.grad.double() - 0.25, 2 * exact.double()) < 10 * bound
+
+
+def test_nothing_is_penalised_before_the_first_fold():
+    model = tiny()
+    reg = EllaRegularizer(model)
+    assert reg.penalty().item() == 0.0 and set(reg.values().values()) == {0.0}
+    reg.add_gradient_()
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_factors_get_no_gradient():
+    _, reg, _ = model_with_past(targets=["up"])
+    a, b = reg.layers[0].parameters()
+    a.requires_grad_(False)
+    reg.add_gradient_()
+    assert a.grad is None and b.grad.any()
+
+
+def test_a_scaler_on_the_device_scales_the_gradient():
+    _, reg, _ = model_with_past(targets=["up"])
+    _, b = reg.layers[0].parameters()
+    reg.add_gradient_(torch.tensor(8.0))
+    scaled, b.grad = b.grad, None
+    reg.add_gradient_()
+    assert torch.allclose(scaled, 8 * b.grad, rtol=1e-6, atol=0)
+
+
+def test_penalty_rank_uses_fewer_components_and_the_energies_of_the_rest():
+    _, reg, total = model_with_past(EllaConfig(penalty_rank=3), tasks=3, targets=["up"])
+    (stored,) = reg.state().layers["up"].parts
+    assert stored.right.shape[0] > 3
+    past = ek.truncate(stored.left, stored.right, 3)
+    (delta,) = deltas(reg)["up"]
+    want = (delta.square() * ek.reference.past_squared(ek.LowRank(*(t.double() for t in past)))).sum().item()
+    assert reg.values()["up"] == pytest.approx(want, rel=1e-5)
+    assert reg.values()["up"] == pytest.approx(penalty_by_hand(reg, total)["up"], rel=0.3)
+
+
+def test_a_moved_past_is_seen():
+    """The operands are kept between steps; writing into the past must not leave the penalty on the old one."""
+    _, reg, _ = model_with_past(targets=["up"])
+    before = reg.values()["up"]
+    a, _ = reg.layers[0].parameters("ella_past")
+    with torch.no_grad():
+        a.mul_(2)
+    assert reg.values()["up"] == pytest.approx(4 * before, rel=1e-6)
+    a.data = a.data.clone() / 2
+    assert reg.values()["up"] == pytest.approx(before, rel=1e-6)
+
+
+def test_a_non_finite_factor_reaches_the_penalty():
+    _, reg, _ = model_with_past()
+    reg.layers[0].parameters()[0].data[0, 0] = math.nan
+    assert math.isnan(reg.penalty().item())
+
+
+def test_the_penalty_keeps_training_away_from_the_past():
+    """Gradient descent on the penalty alone lowers the overlap and nothing else is touched."""
+    model, reg, _ = model_with_past(EllaConfig(ella_lambda=1.0))
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before = sum(reg.values().values())
+    for _ in range(20):
+        optimizer.zero_grad()
+        reg.add_gradient_()
+        optimizer.step()
+    assert sum(reg.values().values()) < before
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize(
+    "field, value, error",
+    [
+        ("ella_lambda", -1.0, ValueError),
+        ("ella_lambda", math.nan, ValueError),
+        ("ella_lambda", "1", TypeError),
+        ("penalty", "frobenius", ValueError),
+        ("past_rank", 0, ValueError),
+        ("past_rank", 8.0, TypeError),
+        ("penalty_rank", -1, ValueError),
+        ("reduction", "max", ValueError),
+        ("normalize", "max", ValueError),
+        ("keep_past", "both", ValueError),
+        ("include_scaling", 1, TypeError),
+        ("adapter_name", "", ValueError),
+        ("adapter_name", "ella_past", ValueError),
+    ],
+)
+def test_bad_settings_are_named(field, value, error):
+    with pytest.raises(error, match=field):
+        EllaConfig(**{field: value})
+
+
+def test_config_is_plain_json():
+    config = EllaConfig(ella_lambda=3e4, normalize="rms", penalty_rank=16)
+    assert EllaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"unknown EllaConfig fields \['lambda'\]"):
+        EllaConfig.from_dict({"lambda": 1.0})
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, EXPERTS, {"targets": ["up", "point"], "lora_bias": True}], ids=str)
+def test_round_trip_is_bit_exact(tmp_path, options):
+    config = EllaConfig(ella_lambda=5.0, past_rank=6, normalize="rms")
+    model, reg, _ = model_with_past(config, tasks=3, **options)
+    reg.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [PAST_FILE]
+    fresh = tiny(**options)
+    randomise(fresh, 99)
+    again = EllaRegularizer.from_pretrained(fresh, tmp_path)
+    assert again.config == config and again.tasks == reg.tasks == ["task 0", "task 1", "task 2"]
+    assert again.values() == reg.values()
+    assert torch.equal(fresh(ids()), model(ids()))
+    again.save_pretrained(tmp_path / "again")
+    one, two = load_file(tmp_path / PAST_FILE), load_file(tmp_path / "again" / PAST_FILE)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert load_past(tmp_path).layers["up"].relative_error == load_past(tmp_path / "again").layers["up"].relative_error
+    # And the next fold goes on identically.
+    assert again.end_task("next") == reg.end_task("next")
+    assert again.state().layers["up"].parts[0].left.equal(reg.state().layers["up"].parts[0].left)
+
+
+def test_a_state_without_a_past_round_trips(tmp_path):
+    EllaRegularizer(tiny(targets=["up"]), EllaConfig(ella_lambda=2.0)).save_pretrained(tmp_path)
+    again = EllaRegularizer.from_pretrained(tiny(targets=["up"]), tmp_path)
+    assert again.tasks == [] and again.config.ella_lambda == 2.0 and again.penalty() == 0
+
+
+def test_other_layers_are_refused_and_listed(tmp_path):
+    _, reg, _ = model_with_past(targets=["up", "point"])
+    reg.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"up is saved but not in the model; line is in the model but not saved"):
+        EllaRegularizer.from_pretrained(tiny(targets=["line", "point"]), tmp_path)
+    wider = tiny(targets=["up", "point"])
+    model = wider.base_model.model
+    model.up = type(model.point)(torch.nn.Conv2d(1, 9, 1), "default", wider.peft_config["default"], r=4, lora_alpha=8)
+    with pytest.raises(ValueError, match=r"up has \(parts, out, in\) \(1, 9, 1\), saved \(1, 16, 12\)"):
+        EllaRegularizer.from_pretrained(wider, tmp_path)
+
+
+def test_broken_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no saved past at"):
+        EllaRegularizer.from_pretrained(tiny(targets=["up"]), tmp_path)
+    _, reg, _ = model_with_past(targets=["up"])
+    reg.save_pretrained(tmp_path)
+    whole = (tmp_path / PAST_FILE).read_bytes()
+    for cut in (0, 7, 100, len(whole) - 1):
+        (tmp_path / PAST_FILE).write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="is not a whole safetensors file"):
+            EllaRegularizer.from_pretrained(tiny(targets=["up"]), tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
+    _, reg, _ = model_with_past(targets=["up"])
+    reg.save_pretrained(tmp_path)
+    old = (tmp_path / PAST_FILE).read_bytes()
+    reg.end_task("another")
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    for target in ("ella.checkpoint.save_file", "os.fsync", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, fail)
+            with pytest.raises(OSError, match="no space left"):
+                reg.save_pretrained(tmp_path)
+        assert (tmp_path / PAST_FILE).read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+KILLED = """
+import sys, torch
+from tests.ella.models import randomise, tiny
+from ella import EllaRegularizer
+model = tiny(); reg = EllaRegularizer(model)
+print("ready", flush=True)
+for task in range(10**6):
+    randomise(model, task); reg.end_task(str(task)); reg.save_pretrained(sys.argv[1])
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
+    for attempt in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)],
+            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        process.stdout.readline()
+        while not (tmp_path / PAST_FILE).exists():
+            time.sleep(0.01)
+        time.sleep(0.05 + 0.037 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reg = EllaRegularizer.from_pretrained(tiny(), tmp_path)
+        assert len(reg.tasks) >= 1 and reg.tasks == [str(i) for i in range(len(reg.tasks))]
+
+
+def test_merged_states_know_their_base(tmp_path):
+    merge = EllaConfig(keep_past="merge")
+    original = {n: p.clone() for n, p in tiny(targets=["up"]).named_parameters() if "base_layer" in n}
+    model, reg, _ = model_with_past(merge, targets=["up"])
+    want = model(ids()).detach()
+    reg.save_pretrained(tmp_path)
+
+    def restored(base):
+        fresh = tiny(targets=["up"])
+        randomise(fresh, 99)
+        with torch.no_grad():
+            for n, p in fresh.named_parameters():
+                if n in base:
+                    p.copy_(base[n])
+        return fresh
+
+    merged = {n: p for n, p in model.named_parameters() if "base_layer" in n}
+    for base in (merged, original):
+        fresh = restored(base)
+        EllaRegularizer.from_pretrained(fresh, tmp_path)
+        assert relative_error(fresh(ids()).detach(), want) < 1e-6
+    with pytest.raises(ValueError, match="merged into other base weights than this model's: \\['up'\\]"):
+        EllaRegularizer.from_pretrained(restored({n: p + 1 for n, p in original.items()}), tmp_path)
+    with pytest.raises(ValueError, match="the base already holds the past"):
+        EllaRegularizer.from_pretrained(restored(merged), tmp_path, EllaConfig())
+    hooked = restored(original)
+    EllaRegularizer.from_pretrained(hooked, tmp_path, EllaConfig())
+    assert relative_error(hooked(ids()).detach(), want) < 1e-6
