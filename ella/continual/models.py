@@ -97,7 +97,9 @@ class TextClassifier(ABC):
         max_length: int = 128,
         adapter_name: str = "default",
     ) -> None:
-        if not hasattr(model, "peft_config") or adapter_name not in model.peft_config:
+        from peft import PeftModel
+
+        if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
             raise ValueError(f"expected a PeftModel with an adapter {adapter_name!r}; wrap it with peft.get_peft_model")
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -124,12 +126,14 @@ class TextClassifier(ABC):
 
     def accuracy(self, task: EncodedTask, batch_size: int = 32) -> float:
         """Percent of records whose class is predicted, in eval mode."""
-        training = self.model.training
+        # Module by module: a fresh PeftModel says it trains while the base inside it does not.
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             predicted = self.predict(task, batch_size)
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
         return 100.0 * sum(p == t for p, t in zip(predicted, task.targets, strict=True)) / len(task)
 
     def describe(self) -> dict[str, Any]:
@@ -402,7 +406,7 @@ def build_classifier(
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
         task_type=task_type,
     )
-    model = get_peft_model(base, peft_config)
+    model = get_peft_model(base, peft_config).eval()
     if kind == "encoder":
         return EncoderClassifier(model, tokenizer, temperature=temperature, max_length=max_length)
     return LabelGenerator(model, tokenizer, template=template, max_length=max_length)
