@@ -60,9 +60,12 @@ def make_group(sizes: Sequence[Size], device: str = "cpu", seed: int = 0) -> Gro
         return torch.randn(*shape, generator=gen, device=device).mul_(scale)
 
     def past(size: Size) -> ek.LowRank:
-        rank = size.k + 8 if size.energy else size.k
-        left, right = randn(size.out, rank, scale=0.1), randn(rank, size.in_, scale=0.1)
-        return ek.truncate(left, right, size.k) if size.energy else ek.LowRank(left, right)
+        left, right = randn(size.out, size.k, scale=0.1), randn(size.k, size.in_, scale=0.1)
+        if not size.energy:
+            return ek.LowRank(left, right)
+        # Row and column energies as a truncation leaves them: positive, with one common sum.
+        rows, cols = randn(size.out).square_(), randn(size.in_).square_()
+        return ek.LowRank(left, right, rows, cols.mul_(rows.sum() / cols.sum()))
 
     return Group(
         tuple(sizes),

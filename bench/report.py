@@ -177,7 +177,7 @@ def _case_lines(rows: Sequence[dict]) -> list[str]:
     lines = []
     if any(row["median"] is not None for row in shown):
         lines += table(
-            ("provider", "median", "p20 … p80", "ratio", "p20 … p80", "error", "past", "peak", "roofline", "notes"),
+            ("provider", "median", "p20 … p80", "ratio", "p20 … p80", "error", "past", "peak", "roofline"),
             (
                 (
                     row["provider"],
@@ -189,15 +189,15 @@ def _case_lines(rows: Sequence[dict]) -> list[str]:
                     bytes_text(row["held_bytes"]),
                     bytes_text(row["peak_bytes"]),
                     "–" if row["roofline"] is None else f"{100 * row['roofline']:.0f}%",
-                    _extra_text(row["extra"]),
                 )
                 for row in shown
             ),
         )
-    elif shown:
-        keys = list(dict.fromkeys(key for row in shown for key in row["extra"]))
+    keys = [key for key in dict.fromkeys(key for row in shown for key in row["extra"]) if key not in _PLOT_KEYS]
+    if keys:
+        lines += [""] if lines else []
         lines += table(
-            ("", *(key.replace("_", " ") for key in keys)),
+            ("provider", *(key.replace("_", " ") for key in keys)),
             ((row["provider"], *(_value_text(row["extra"].get(key)) for key in keys)) for row in shown),
         )
     missing = [row for row in rows if row["reason"]]
@@ -206,15 +206,12 @@ def _case_lines(rows: Sequence[dict]) -> list[str]:
     return lines
 
 
+# Where a row stands in a plot, not what was found.
+_PLOT_KEYS = ("axis", "x", "series")
+
+
 def _value_text(value) -> str:
     return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _extra_text(extra: dict) -> str:
-    hidden = ("axis", "x", "series")
-    return ", ".join(
-        f"{key.replace('_', ' ')} {_value_text(value)}" for key, value in extra.items() if key not in hidden
-    )
 
 
 def _plots(results: dict, folder: Path) -> list[Path]:

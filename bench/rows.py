@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from .measure import GATE, Graphed, Samples, cache_bytes, exact, free_bytes, int
 from .providers import BASELINE, PROVIDERS, Cost, Group, Prepared, Provider, make_group, prepare
 from .shapes import Case, Size
 
-__all__ = ["Limits", "Row", "gate_error", "measure_case", "timing"]
+__all__ = ["Limits", "Row", "gate_error", "measure_calls", "measure_case", "red_reason", "timing"]
 
 # Layers are checked in float64 up to this many weight elements per case; a row says how many were.
 _CHECKED_ELEMENTS = 2**25
@@ -66,6 +66,11 @@ class Row:
     def green(self) -> bool:
         """Whether the error was measured and is within the gate."""
         return self.error is not None and self.gate is not None and self.error <= self.gate
+
+    @property
+    def failed(self) -> bool:
+        """Whether the reason for showing no speed is a fault: over the gate, or an exception."""
+        return self.reason is not None and self.reason.startswith(("red", "failed"))
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -132,6 +137,8 @@ def _why_not(provider: Provider, case: Case, mode: str, device: str, limits: Lim
     reason = provider.refuses(device)
     if reason:
         return reason
+    if provider.penalty == "spectral" and not any(size.k for size in case.sizes):
+        return "the projected norm against a past without components is zero"
     past = sum(provider.held_bytes(size) for size in case.sizes)
     needed = group_bytes + past + provider.work_bytes(case.sizes)
     free = free_bytes(device)
@@ -222,7 +229,7 @@ def measure_case(
             row.peak_bytes = peak_bytes(prepared.call, device)
             row.flops, row.bytes = _cost(provider, case.sizes, mode)
             if not row.green:
-                row.reason = f"red: relative error {row.error:.1e} exceeds {row.gate:.0e}, no speed is shown"
+                row.reason = red_reason(row)
                 continue
             calls = [prepared.call, *(prepare(provider, group, mode).call for group in groups[1:sets])]
             candidates[name] = [Graphed(call) for call in calls] if graphed else calls
@@ -241,6 +248,36 @@ def measure_case(
     if device == "cuda":
         torch.cuda.empty_cache()
     return result
+
+
+def measure_calls(
+    rows: Mapping[str, Row],
+    calls: Mapping[str, Callable[[], object]],
+    limits: Limits,
+    device: str = "cpu",
+    *,
+    baseline: str | None = None,
+) -> dict[str, tuple[Row, Samples | None]]:
+    """Time what is not a provider on a case (a fold, a training step), interleaved; ``rows`` carry their errors.
+
+    Rows with a reason are not timed; a row that is not green gets one, and no speed.
+    """
+    running = {}
+    for name, row in rows.items():
+        if row.reason is None and not row.green:
+            row.reason = red_reason(row)
+        if row.reason is None:
+            row.peak_bytes = peak_bytes(calls[name], device)
+            running[name] = [calls[name]]
+    samples = interleave(running, device=device, budget=limits.budget) if running else {}
+    for name, found in samples.items():
+        timing(rows[name], found, samples.get(baseline))
+    return {name: (row, samples.get(name)) for name, row in rows.items()}
+
+
+def red_reason(row: Row) -> str:
+    """Why a row over its bound shows no speed."""
+    return f"red: relative error {row.error:.1e} exceeds {row.gate:.0e}, no speed is shown"
 
 
 def _references(group: Group, penalty: str) -> dict[int, tuple]:
