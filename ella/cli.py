@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     fold.set_defaults(command=_fold)
 
     bench = commands.add_parser("bench", help="the microbenchmark suite (from a source checkout)")
+    bench.add_argument(
+        "--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"), help="ratio per row of two results files"
+    )
     bench.set_defaults(command=_bench)
     return parser
 
@@ -136,9 +140,14 @@ def _fold(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parents[1] / "bench"
-    where = f"run `make bench` in {folder.parent}" if folder.is_dir() else "it lives in the source tree: `make bench`"
-    print(f"ella: the benchmarks are not part of the installed package; {where}", file=sys.stderr)
-    return 1
+    if not (folder / "compare.py").is_file():
+        raise ValueError("the benchmarks are not part of the installed package; run this from a source checkout")
+    if arguments.compare is None:
+        print(f"the suite lives in {folder}; run `make bench` (minutes) or `make bench-full` in {folder.parent}")
+        return 0
+    # A process of its own: the package never imports the suite.
+    files = [str(Path(name).resolve()) for name in arguments.compare]
+    return subprocess.run([sys.executable, "-m", "bench.compare", *files], cwd=folder.parent, check=False).returncode
 
 
 def _names(text: str) -> tuple[str, ...]:
