@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
-__all__ = ["ALGORITHMS", "BACKENDS", "PRECISIONS", "Cost", "select_algorithm", "select_backend"]
+import torch
+
+__all__ = [
+    "ALGORITHMS",
+    "BACKENDS",
+    "PRECISIONS",
+    "Cost",
+    "device_key",
+    "no_kernel",
+    "select_algorithm",
+    "select_backend",
+    "warn_once",
+]
 
 ALGORITHMS = ("auto", "gram", "stream", "dense")
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("auto", "ieee", "tf32")
+# Two fp32 blocks of this size are 8 MB, the largest work memory one layer may ask for.
+MAX_GRAM_ELEMENTS = 2**20
+# Found, not imported; once, because compiled callers cannot trace the search.
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Cost(NamedTuple):
@@ -66,25 +85,53 @@ def interpreted() -> bool:
 
 
 def select_backend(backend: str, device_type: str) -> str:
-    """Resolve "auto" and refuse a Triton backend that cannot run.
+    """Resolve the backend for a device and refuse a Triton backend that cannot run.
+
+    Returns:
+        "torch"; "triton"; or "auto" where Triton runs but single layers may fall back (:func:`no_kernel`).
 
     Raises:
         ValueError: "triton" on a device without Triton, unless ``TRITON_INTERPRET=1``.
     """
-    if backend == "torch":
+    if backend == "triton" and device_type != "cuda" and not interpreted():
+        raise ValueError(
+            f"backend='triton' needs tensors on a CUDA or ROCm GPU, found device type '{device_type}'; use "
+            "backend='auto' or 'torch', or set TRITON_INTERPRET=1 to run the kernels on the CPU for checking"
+        )
+    if backend == "auto" and not (device_type == "cuda" and triton_available() and not interpreted()):
         return "torch"
-    if backend == "triton":
-        if device_type != "cuda" and not interpreted():
-            raise ValueError(
-                f"backend='triton' needs tensors on a CUDA or ROCm GPU, found device type '{device_type}'; use "
-                "backend='auto' or 'torch', or set TRITON_INTERPRET=1 to run the kernels on the CPU for checking"
-            )
-        return "triton"
-    return "triton" if device_type == "cuda" and triton_available() else "torch"
+    return backend
 
 
 def triton_available() -> bool:
-    """Whether this installation has Triton kernels to launch."""
-    from importlib.util import find_spec
+    """Whether this installation has Triton to compile the kernels with."""
+    return _HAS_TRITON
 
-    return find_spec("triton") is not None and find_spec("ella_kernels.kernels") is not None
+
+def no_kernel(algorithm: str, r: int, k: int) -> str | None:
+    """Why there is no Triton kernel for an algorithm at these ranks, or None if there is one."""
+    if algorithm == "gram":
+        elements = r * (r + 1) // 2 * (k * (k + 1) // 2 + 1)
+        if elements > MAX_GRAM_ELEMENTS:
+            return (
+                f"the Triton gram kernel takes up to {MAX_GRAM_ELEMENTS} Gram elements (any r·k ≤ 256 has fewer), "
+                f"found {elements} at r = {r}, k = {k}"
+            )
+        return None
+    return f"no Triton kernel for algorithm '{algorithm}' yet"
+
+
+@cache
+def warn_once(reason: str) -> None:
+    """Say that a layer falls back to torch, once per reason."""
+    warnings.warn(f"ella_kernels: {reason}; computing it with torch", RuntimeWarning, stacklevel=2)
+
+
+def device_key(device: torch.device) -> str:
+    """Key of a device in the tables of costs and tiles: "cpu", "sm_90", "gfx942"; others by their type."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"

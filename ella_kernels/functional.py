@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dispatch import ALGORITHMS, BACKENDS, PRECISIONS, select_algorithm, select_backend
+from .dispatch import ALGORITHMS, BACKENDS, PRECISIONS, device_key, no_kernel, select_algorithm, select_backend
 from .lowrank import LowRank
 
 __all__ = [
@@ -164,7 +164,7 @@ def _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision)
     operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
     if operands is None:
         return torch.zeros(0)
-    backend = _resolve(backend, precision, lora_As[0])
+    backend = _resolve(backend, precision, operands)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*lora_As, *lora_Bs))
     return ops.penalty(*operands, with_grad, backend, precision)[0]
 
@@ -189,10 +189,9 @@ def _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, alg
         _finite("weight", weight)
     if operands is None:
         return torch.zeros(0)
-    backend = _resolve(backend, precision, lora_As[0])
-    if not isinstance(weight, Tensor):
-        weight = torch.full((), float(weight), dtype=torch.float64, device=lora_As[0].device)
-    return ops.add_penalty_grad_(*operands, list(grads_A), list(grads_B), weight, backend, precision)
+    backend = _resolve(backend, precision, operands)
+    tensor, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+    return ops.add_penalty_grad_(*operands, list(grads_A), list(grads_B), tensor, factor, backend, precision)
 
 
 def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None:
@@ -241,7 +240,7 @@ def _choose(past: Past, a: Tensor, b: Tensor, algorithm: str) -> str:
     if algorithm != "auto":
         return algorithm
     k = None if isinstance(past, Tensor) else past.right.shape[0]
-    return select_algorithm(b.shape[0], a.shape[1], a.shape[0], k, a.device.type)
+    return select_algorithm(b.shape[0], a.shape[1], a.shape[0], k, device_key(a.device))
 
 
 def _check_past(past: Past, name: str, a: Tensor, b: Tensor, algorithm: str):
@@ -279,10 +278,18 @@ def _even_split(past: Tensor, name: str) -> LowRank:
     return split_evenly(*torch.linalg.svd(wide, full_matrices=False), min(past.shape), wide.dtype)
 
 
-def _resolve(backend: str, precision: str, like: Tensor) -> str:
+def _resolve(backend: str, precision: str, operands: tuple) -> str:
     _one_of("backend", backend, BACKENDS)
     _one_of("precision", precision, PRECISIONS)
-    return select_backend(backend, like.device.type)
+    lora_As, _, _, rights, *_, codes = operands
+    resolved = select_backend(backend, lora_As[0].device.type)
+    if backend == "triton":
+        for i, code in enumerate(codes):
+            k = rights[i].shape[0] if rights[i].ndim == 2 else 0
+            reason = None if ops.CODES[code] == ops.ABSENT else no_kernel(ops.CODES[code], lora_As[i].shape[0], k)
+            if reason is not None:
+                raise ValueError(f"layer {i}: {reason}; use backend='auto' or 'torch'")
+    return resolved
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import gram, spectral, stream
+from .dispatch import no_kernel, warn_once
 from .grouped import Layer
 
 __all__ = ["add_penalty_grad_", "penalty"]
@@ -22,32 +23,38 @@ ABSENT = "none"
 CODES = (ABSENT, "gram", "stream", "dense", "spectral")
 
 
-def _implementation(algorithm: str, backend: str):
-    if backend == "triton":
-        from . import kernels
-
-        return {"gram": kernels.gram, "stream": kernels.stream, "dense": kernels.stream, "spectral": kernels.spectral}[
-            algorithm
-        ]
-    torch_path = {"gram": gram.hadamard_gram, "spectral": spectral.spectral}
-    return torch_path.get(algorithm, stream.hadamard_stream)
+def _torch_path(algorithm: str):
+    return {"gram": gram.hadamard_gram, "spectral": spectral.spectral}.get(algorithm, stream.hadamard_stream)
 
 
 def _run(layers: list[Layer | None], like: Tensor, backend: str, precision: str, weight: Tensor | float) -> Tensor:
-    """Values ``(n,)``; None marks a layer without a past."""
+    """Values ``(n,)``; None marks a layer without a past. Backend "auto" is Triton wherever it has a kernel."""
     dtype = torch.float64 if any(layer and layer.dtype == torch.float64 for layer in layers) else torch.float32
     dtype = torch.float64 if like.dtype == torch.float64 else dtype
-    values: list[Tensor] = [torch.zeros((), dtype=dtype, device=like.device)] * len(layers)
-    by_algorithm: dict[str, list[int]] = {}
+    on_triton: dict[str, list[int]] = {}
+    on_torch: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
-        if layer is not None and not layer.is_zero:
-            by_algorithm.setdefault(layer.algorithm, []).append(index)
-    for algorithm, indices in by_algorithm.items():
-        extra = {"precision": precision} if backend == "triton" else {}
-        found = _implementation(algorithm, backend)([layers[i] for i in indices], weight, **extra)
+        if layer is None or layer.is_zero:
+            continue
+        _, _, r, k = layer.sizes
+        reason = None if backend == "torch" else no_kernel(layer.algorithm, r, k)
+        if reason is not None:
+            warn_once(reason)
+        chosen = on_torch if backend == "torch" or reason is not None else on_triton
+        chosen.setdefault(layer.algorithm, []).append(index)
+    if sum(map(len, on_triton.values())) == len(layers):
+        values = torch.empty(len(layers), dtype=dtype, device=like.device)
+    else:
+        values = torch.zeros(len(layers), dtype=dtype, device=like.device)
+    for algorithm, indices in on_triton.items():
+        from . import kernels
+
+        kernels.run(algorithm, [layers[i] for i in indices], weight, precision, values, indices)
+    for algorithm, indices in on_torch.items():
+        found = _torch_path(algorithm)([layers[i] for i in indices], weight)
         for index, value in zip(indices, found, strict=True):
-            values[index] = value.to(dtype)
-    return torch.stack(values)
+            values[index] = value
+    return values
 
 
 def _layers(
@@ -179,21 +186,22 @@ def add_penalty_grad_(
     codes: list[int],
     grads_A: list[Tensor],
     grads_B: list[Tensor],
-    weight: Tensor,
+    weight: Tensor | None,
+    factor: float,
     backend: str,
     precision: str,
 ) -> Tensor:
-    """Adds ``weight · ∂P`` to ``grads_A`` and ``grads_B`` in place; returns the unweighted values ``(n,)``."""
+    """Adds ``weight · ∂P`` (``factor · ∂P`` if no weight tensor) to ``grads_A``, ``grads_B``; returns values ``(n,)``."""
     layers = _layers(
         lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B
     )  # fmt: skip
-    return _run(layers, _widest(lora_As, lora_Bs), backend, precision, weight)
+    return _run(layers, _widest(lora_As, lora_Bs), backend, precision, factor if weight is None else weight)
 
 
 @add_penalty_grad_.register_fake
 def _(
-    lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B, weight, backend,
-    precision,
+    lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B, weight, factor,
+    backend, precision,
 ):  # fmt: skip
     return penalty._abstract_fn(
         lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, False, backend, precision

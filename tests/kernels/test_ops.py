@@ -36,7 +36,7 @@ def test_opcheck_of_the_in_place_form():
     As, Bs, pasts, scalings = mixed()
     operands = functional._operands(As, Bs, pasts, scalings, "auto")
     grads = [torch.zeros_like(t) for t in As], [torch.zeros_like(t) for t in Bs]
-    torch.library.opcheck(ops.add_penalty_grad_, (*operands, *grads, torch.tensor(2.0), "torch", "auto"))
+    torch.library.opcheck(ops.add_penalty_grad_, (*operands, *grads, torch.tensor(2.0), 1.0, "torch", "auto"))
 
 
 @pytest.mark.parametrize("name", PENALTIES)

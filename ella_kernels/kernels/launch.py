@@ -1,0 +1,69 @@
+"""What every launch needs and no kernel should repeat: the device guard, the precision of dots, dtypes, limits."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import device_key, interpreted
+
+__all__ = ["TL_DTYPES", "check_device", "device_guard", "dot_precision", "multiprocessors", "weight_arguments"]
+
+TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+# Without a device to ask, plan as for a large one: the tests then see many chunks per layer.
+_DEFAULT_MULTIPROCESSORS = 132
+
+
+def check_device(tensor: Tensor) -> None:
+    """Refuse operands the kernels cannot reach.
+
+    Raises:
+        ValueError: GPU tensors under the interpreter, which follows pointers of the host, or CPU tensors without it.
+    """
+    if interpreted() == (tensor.device.type == "cuda"):
+        found = "under TRITON_INTERPRET=1" if interpreted() else "without TRITON_INTERPRET=1"
+        raise ValueError(f"Triton kernels cannot run on device '{tensor.device}' {found}")
+
+
+def device_guard(tensor: Tensor):
+    """Context in which launches go to the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+@cache
+def _properties(index: int):
+    return torch.cuda.get_device_properties(index)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device: how many programs run at once."""
+    if device.type != "cuda":
+        return _DEFAULT_MULTIPROCESSORS
+    return _properties(device.index).multi_processor_count
+
+
+def dot_precision(precision: str, dtype: torch.dtype, device: torch.device) -> str:
+    """``input_precision`` of the kernels' dots.
+
+    "auto" is three tf32 products per product (error near fp32's) where tensor cores have tf32, else exact fp32: the
+    gram form cancels once training has driven the overlap down, and plain tf32 would then be off by a per cent.
+    float64 is always exact.
+    """
+    key = device_key(device)
+    if dtype == torch.float64 or not key.startswith("sm_") or int(key[3:]) < 80:
+        return "ieee"
+    return {"auto": "tf32x3", "tf32": "tf32", "ieee": "ieee"}[precision]
+
+
+def weight_arguments(weight: Tensor | float, like: Tensor) -> tuple[Tensor, float]:
+    """``(p_weight, weight)`` of a kernel: a tensor is read on the device, a number is passed by value."""
+    return (weight, 1.0) if isinstance(weight, Tensor) else (like, float(weight))

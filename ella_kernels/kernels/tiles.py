@@ -1,0 +1,43 @@
+"""Tile shapes by device, with a default row. A table and no autotuning: a first call costs one compilation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["GRAM_TILES", "GramTile", "gram_tile", "target_name"]
+
+
+class GramTile(NamedTuple):
+    """Blocks of the gram kernels, before they are cut to the problem.
+
+    Attributes:
+        rows, pairs, past_pairs, warps: the ``blocks`` kernel; one program accumulates (pairs, past_pairs) over rows.
+        grad_rows, grad_pairs, grad_past_pairs, grad_warps: the ``factors`` kernel; ``grad_pairs`` ordered pairs.
+        stages: software pipelining depth of both.
+    """
+
+    rows: int
+    pairs: int
+    past_pairs: int
+    warps: int
+    grad_rows: int
+    grad_pairs: int
+    grad_past_pairs: int
+    grad_warps: int
+    stages: int = 1
+
+
+GRAM_TILES: dict[str, dict[str, GramTile]] = {
+    "default": {"ieee": GramTile(16, 64, 64, 8, 32, 64, 32, 4)},
+}
+
+
+def target_name(name: str) -> str:
+    """``name`` if the tables list it, else "default"."""
+    return name if name in GRAM_TILES else "default"
+
+
+def gram_tile(target: str, precision: str) -> GramTile:
+    """The row for a target and a dot precision; the default row where there is none."""
+    rows = GRAM_TILES.get(target, {})
+    return rows.get(precision) or GRAM_TILES["default"]["ieee"]

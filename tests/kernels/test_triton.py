@@ -1,0 +1,380 @@
+"""The Triton kernels under the interpreter, on CPU tensors: the same code a GPU runs, against float64 references."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ella_kernels as ek
+from ella_kernels import functional, ops
+from ella_kernels.kernels import gram as gram_launcher
+from ella_kernels.kernels import gram_kernels, tables
+from tests.kernels.cases import BOUND, SHAPES, cast, exact, factors, relative_error
+
+ALGORITHMS = ["gram"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Uninitialised memory is NaN: an element a kernel should write and does not, or reads and should not, shows."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def filled(*args, plain=plain, **kwargs):
+            tensor = plain(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, filled)
+
+
+def penalty_of(algorithm):
+    return "spectral" if algorithm == "spectral" else "hadamard"
+
+
+def options_of(algorithm):
+    return {"backend": "triton"} | ({} if algorithm == "spectral" else {"algorithm": algorithm})
+
+
+def run(a, b, past, scaling, algorithm):
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    value = getattr(ek, f"{penalty_of(algorithm)}_penalty")(a, b, past, scaling, **options_of(algorithm))
+    return value.detach(), *torch.autograd.grad(value, (a, b))
+
+
+def add_(As, Bs, pasts, scalings, grads_A, grads_B, algorithm, weight=1.0):
+    add = getattr(ek, f"add_{penalty_of(algorithm)}_grad_")
+    return add(As, Bs, pasts, scalings, grads_A, grads_B, weight=weight, **options_of(algorithm))
+
+
+def check(found, expected, bound):
+    for got, want in zip(found, expected, strict=True):
+        assert relative_error(got, want) < bound
+
+
+def unzip(cases):
+    return ([case[i] for case in cases] for i in range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("energy", [False, True], ids=["exact", "energy"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_matches_reference(algorithm, shape, energy, dtype):
+    a, b, past = factors(*shape, dtype=dtype, energy=energy)
+    found = run(a, b, past, 1.7, algorithm)
+    assert found[0].dtype == dtype and found[0].ndim == 0
+    check(found, exact(a, b, past, 1.7, penalty_of(algorithm)), BOUND[dtype])
+
+
+@pytest.mark.parametrize("kind", ["correlated", "tiny", "outliers", "disjoint"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_is_accurate_on_hard_data(algorithm, kind):
+    a, b, past = factors(256, 384, 8, 8, kind=kind)
+    check(run(a, b, past, 2.0, algorithm), exact(a, b, past, 2.0, penalty_of(algorithm)), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("r, k", [(1, 40), (20, 2), (70, 1), (100, 2), (5, 24)])
+def test_gram_takes_any_rank(r, k):
+    a, b, past = factors(19, 34, r, k, dtype=torch.float64, energy=k > 1)
+    check(run(a, b, past, 1.0, "gram"), exact(a, b, past, 1.0), BOUND[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_half_operands_are_computed_in_fp32(algorithm, dtype):
+    a, b, past = factors(48, 64, 8, 8)
+    a, b, past = (0.01 * a).to(dtype), (0.01 * b).to(dtype), cast(past, dtype)
+    value, grad_a, grad_b = run(a, b, past, 1.0, algorithm)
+    want, want_a, want_b = exact(a, b, past, 1.0, penalty_of(algorithm))
+    assert value.dtype == torch.float32 and grad_a.dtype == dtype
+    assert relative_error(value, want) < BOUND[torch.float32]
+    eps = torch.finfo(dtype).eps
+    assert relative_error(grad_a, want_a) < eps and relative_error(grad_b, want_b) < eps
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_any_strides_are_read_in_place(algorithm):
+    a, b, past = factors(40, 56, 3, 5, energy=algorithm != "spectral")
+    expected = exact(a, b, past, 1.0, penalty_of(algorithm))
+    wide = torch.randn(7, 112)
+    wide[1:7:2, ::2] = a
+    a, b = wide[1:7:2, ::2], b.T.contiguous().T
+    transposed = ek.LowRank(past.left.T.contiguous().T, past.right.T.contiguous().T, *past[2:])
+    if past.row_energy is not None:
+        spread = torch.randn(40, 3)
+        spread[:, 1] = past.row_energy
+        transposed = transposed._replace(row_energy=spread[:, 1])
+    grad_a, grad_b = torch.zeros(112, 7)[::2, 1:7:2].T, torch.zeros(3, 40).T
+    value = add_([a], [b], [transposed], [1.0], [grad_a], [grad_b], algorithm)
+    check((value[0], grad_a, grad_b), expected, BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_expanded_factor_has_stride_zero(algorithm):
+    a, _, past = factors(40, 56, 3, 5, dtype=torch.float64)
+    b = torch.randn(1, 3, dtype=torch.float64).expand(40, 3)
+    check(run(a, b, past, 1.0, algorithm), exact(a, b, past, 1.0, penalty_of(algorithm)), BOUND[torch.float64])
+
+
+def mixed(algorithm):
+    cases = [factors(*shape, seed=i) for i, shape in enumerate(SHAPES[:6] + SHAPES[:2])]
+    cases[1] = tuple(factors(*SHAPES[1], seed=1, energy=True))
+    cases[2] = (cases[2][0].bfloat16(), cases[2][1].bfloat16(), cases[2][2])
+    # Factors and pasts of different dtypes: the sides of a layer are launched apart.
+    cases[3] = (cases[3][0].half(), cases[3][1], cases[3][2]._replace(left=cases[3][2].left.bfloat16()))
+    cases.append((*cases[0][:2], None))
+    cases.append((*cases[0][:2], ek.LowRank(torch.zeros(40, 0), torch.zeros(0, 56))))
+    if algorithm == "dense":
+        cases.append((*cases[3][:2], cases[3][2].left.float() @ cases[3][2].right))
+    return cases
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_grouped_mixes_shapes_ranks_dtypes_and_pasts(algorithm):
+    cases = mixed(algorithm)
+    name = penalty_of(algorithm)
+    As, Bs = ([c[i].detach().requires_grad_() for c in cases] for i in (0, 1))
+    pasts, scalings = [c[2] for c in cases], [0.5 + i / 7 for i in range(len(cases))]
+    values = getattr(ek, f"{name}_penalty_grouped")(As, Bs, pasts, scalings, **options_of(algorithm))
+    weights = torch.linspace(1, 2, len(cases))
+    grads = torch.autograd.grad((weights * values).sum(), [*As, *Bs])
+    for i, (a, b, past) in enumerate(cases):
+        if past is None or (isinstance(past, ek.LowRank) and past.left.shape[1] == 0):
+            assert values[i] == 0 and not grads[i].any() and not grads[len(cases) + i].any()
+            continue
+        want = exact(a, b, past, scalings[i], name)
+        assert relative_error(values[i], want[0]) < BOUND[torch.float32]
+        for grad, factor, wanted in ((grads[i], a, want[1]), (grads[len(cases) + i], b, want[2])):
+            bound = BOUND[torch.float32] if factor.dtype == torch.float32 else torch.finfo(factor.dtype).eps
+            assert relative_error(grad, weights[i] * wanted) < bound
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_in_place_form_adds_to_existing_gradients(algorithm, as_tensor, grad_dtype):
+    cases = [factors(*shape, seed=i) for i, shape in enumerate(SHAPES[:6])]
+    As, Bs, pasts = unzip(cases)
+    wanted = [exact(a, b, past, 2.0, penalty_of(algorithm)) for a, b, past in cases]
+    # Weighted gradients near 1, so that their sum with the old ones is within fp16.
+    grads_A = [torch.full_like(a, 0.5).to(grad_dtype) for a in As]
+    grads_B = [torch.full_like(b.T, -0.25).to(grad_dtype).T for b in Bs]
+    weight = torch.tensor(1e-5, dtype=torch.float64) if as_tensor else 1e-5
+    values = add_(As, Bs, pasts, [2.0] * 6, grads_A, grads_B, algorithm, weight)
+    bound = BOUND[torch.float32] if grad_dtype == torch.float32 else torch.finfo(grad_dtype).eps
+    for i, (value, grad_a, grad_b) in enumerate(wanted):
+        assert relative_error(values[i], value) < BOUND[torch.float32]
+        assert relative_error(grads_A[i], 0.5 + 1e-5 * grad_a) < bound
+        assert relative_error(grads_B[i], -0.25 + 1e-5 * grad_b) < bound
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_layer_listed_twice_gets_both_gradients(algorithm):
+    a, b, past = factors(40, 56, 3, 5)
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+    add_([a, a], [b, b], [past, past], [1.0, 2.0], [grad_a, grad_a], [grad_b, grad_b], algorithm)
+    _, want_a, want_b = exact(a, b, past, 5**0.5, penalty_of(algorithm))
+    check((grad_a, grad_b), (want_a, want_b), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("out, in_, r, k", [(0, 5, 2, 3), (5, 0, 2, 3), (4, 5, 0, 3), (4, 5, 2, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_empty_operands_are_legal(algorithm, out, in_, r, k):
+    past = ek.LowRank(torch.randn(out, k), torch.randn(k, in_))
+    value, grad_a, grad_b = run(torch.randn(r, in_), torch.randn(out, r), past, 1.0, algorithm)
+    assert value == 0 and grad_a.shape == (r, in_) and grad_b.shape == (out, r)
+    assert not grad_a.any() and not grad_b.any()
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a in ("gram", "stream")])
+def test_energy_only_and_zero_energies(algorithm):
+    a, b, past = factors(40, 56, 3, 5, dtype=torch.float64)
+    bare = ek.truncate(past.left, past.right, 0)
+    check(run(a, b, bare, 1.5, algorithm), exact(a, b, bare, 1.5), BOUND[torch.float64])
+    zero = past._replace(row_energy=torch.zeros(40).double(), col_energy=torch.zeros(56).double())
+    check(run(a, b, zero, 1.5, algorithm), exact(a, b, past, 1.5), BOUND[torch.float64])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_non_finite_factors_reach_the_value(algorithm, bad):
+    a, b, past = factors(40, 56, 3, 5)
+    a[1, 7] = bad
+    assert not torch.isfinite(run(a, b, past, 1.0, algorithm)[0])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bitwise_the_same_again_and_in_any_order(algorithm):
+    cases = [factors(130 + 7 * i, 90 + 40 * i, 4, 6, seed=i, energy=algorithm != "spectral") for i in range(4)]
+
+    def results(order):
+        As, Bs, pasts = unzip([cases[i] for i in order])
+        grads_A, grads_B = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
+        values = add_(As, Bs, pasts, [1.0 + i for i in order], grads_A, grads_B, algorithm)
+        return {i: (values[j], grads_A[j], grads_B[j]) for j, i in enumerate(order)}
+
+    first = results([0, 1, 2, 3])
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        again = results(order)
+        for i, found in first.items():
+            assert all(torch.equal(x, y) for x, y in zip(found, again[i], strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tables_are_reused_until_a_tensor_moves(algorithm, monkeypatch):
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+    a, b, past = factors(40, 56, 3, 5)
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+
+    def error():
+        grad_a.zero_(), grad_b.zero_()
+        add_([a], [b], [past], [1.0], [grad_a], [grad_b], algorithm)
+        return relative_error(grad_b, exact(a, b, past, 1.0, penalty_of(algorithm))[2])
+
+    assert error() < BOUND[torch.float32]
+    built = len(tables._tables)
+    a.mul_(1.5), past.left.mul_(-2)
+    assert error() < BOUND[torch.float32] and len(tables._tables) == built
+    # Moved: the old memory holds something else now.
+    old, a = a, a.clone()
+    old.fill_(float("nan"))
+    assert error() < BOUND[torch.float32] and len(tables._tables) == built + 1
+    grad_b = torch.empty(3, 40).zero_().T
+    assert error() < BOUND[torch.float32] and len(tables._tables) == built + 2
+
+
+def test_tables_are_bounded():
+    for i in range(2 * tables._MAX_TABLES):
+        tables.cached(("test", i), list)
+    assert len(tables._tables) == tables._MAX_TABLES
+
+
+def count_launches(monkeypatch, module):
+    """Names of the kernels of ``module`` in the order of their launches from now on."""
+    launched = []
+
+    class Counting:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in module.__all__:
+        monkeypatch.setattr(module, name, Counting(name, getattr(module, name)))
+    return launched
+
+
+def test_a_model_is_three_launches(monkeypatch):
+    launched = count_launches(monkeypatch, gram_kernels)
+    As, Bs, pasts = unzip([factors(40 + 8 * i, 64 - 5 * i, 4, 6, seed=i, energy=True) for i in range(5)])
+    grads = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
+    add_(As, Bs, pasts, [1.0] * 5, *grads, "gram", torch.tensor(2.0))
+    assert launched == ["gram_fwd_kernel_blocks", "gram_fwd_kernel_reduce", "gram_bwd_kernel_factors"]
+
+
+def test_gram_work_memory_is_bounded_by_batches(monkeypatch):
+    monkeypatch.setattr(gram_launcher, "WORK_BYTES", 40_000)
+    launched = count_launches(monkeypatch, gram_kernels)
+    cases = [factors(300, 200 + 10 * i, 8, 8, seed=i) for i in range(5)]
+    As, Bs, pasts = unzip(cases)
+    grads_A, grads_B = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
+    values = add_(As, Bs, pasts, [1.0] * 5, grads_A, grads_B, "gram")
+    assert 3 < len(launched) <= 9
+    for i, (a, b, past) in enumerate(cases):
+        check((values[i], grads_A[i], grads_B[i]), exact(a, b, past, 1.0), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nothing_weight_sized_is_allocated(algorithm):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (list, tuple)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    Largest.elements = max(Largest.elements, tensor.numel())
+            return result
+
+    a, b, past = factors(384, 512, 8, 8)
+    dense = past.left @ past.right if algorithm == "dense" else past
+    grads = [torch.zeros_like(a)], [torch.zeros_like(b)]
+    with Largest():
+        add_([a], [b], [dense], [1.0], *grads, algorithm)
+    assert 0 < Largest.elements < a.shape[1] * b.shape[0]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gradcheck_of_the_kernels(algorithm):
+    a, b, past = factors(6, 5, 2, 3, dtype=torch.float64, energy=algorithm != "spectral")
+    penalty = getattr(ek, f"{penalty_of(algorithm)}_penalty")
+    assert torch.autograd.gradcheck(
+        lambda a, b: penalty(a, b, past, 0.7, **options_of(algorithm)), (a.requires_grad_(), b.requires_grad_())
+    )
+
+
+def test_value_without_gradients(monkeypatch):
+    a, b, past = factors(40, 56, 3, 5)
+    with torch.no_grad():
+        value = ek.hadamard_penalty(a, b, past, 2.0, algorithm="gram", backend="triton")
+    assert relative_error(value, exact(a, b, past, 2.0)[0]) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_opcheck(algorithm):
+    cases = [factors(24, 20, 3, 5, seed=1), factors(17, 33, 4, 6, seed=2), factors(24, 20, 3, 5, seed=3)]
+    As, Bs, pasts = unzip(cases)
+    for t in (*As, *Bs):
+        t.requires_grad_()
+    operands = functional._operands(As, Bs, pasts, [1.0] * 3, algorithm)
+    torch.library.opcheck(ops.penalty, (*operands, True, "triton", "auto"))
+    grads = [torch.zeros_like(t) for t in As], [torch.zeros_like(t) for t in Bs]
+    operands = functional._operands([a.detach() for a in As], [b.detach() for b in Bs], pasts, [1.0] * 3, algorithm)
+    torch.library.opcheck(ops.add_penalty_grad_, (*operands, *grads, None, 2.0, "triton", "auto"))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_full_graph_compilation(algorithm):
+    a, b, past = factors(24, 20, 3, 5)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(a, b):
+        name = penalty_of(algorithm)
+        return 3 * getattr(ek, f"{name}_penalty")(a * 2, b, past, 0.5, **options_of(algorithm))
+
+    value, grad_a, grad_b = exact(2 * a, b, past, 0.5, penalty_of(algorithm))
+    found = loss(a.requires_grad_(), b.requires_grad_())
+    found.backward()
+    check((found.detach(), a.grad, b.grad), (3 * value, 6 * grad_a, 3 * grad_b), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_agrees_with_the_torch_backend_on_random_groups(algorithm):
+    rng = random.Random(0)
+    sizes = [(rng.randint(1, 90), rng.randint(1, 90), rng.randint(1, 9), rng.randint(1, 12)) for _ in range(12)]
+    As, Bs, pasts = unzip([factors(*s, seed=i, dtype=torch.float64, energy=i % 2 == 0) for i, s in enumerate(sizes)])
+    penalty = getattr(ek, f"{penalty_of(algorithm)}_penalty_grouped")
+    found = penalty(As, Bs, pasts, [1.0] * 12, **options_of(algorithm))
+    expected = penalty(As, Bs, pasts, [1.0] * 12, **options_of(algorithm) | {"backend": "torch"})
+    check(found, expected, BOUND[torch.float64])
+
+
+def test_ranks_beyond_the_kernels_are_refused_or_fall_back():
+    a, b, past = factors(8, 9, 64, 64)
+    with pytest.raises(ValueError, match=r"layer 0: the Triton gram kernel takes up to .* use backend='auto'"):
+        ek.hadamard_penalty(a, b, past, algorithm="gram", backend="triton")
+
+
+def test_gpu_tensors_are_refused_under_the_interpreter():
+    from ella_kernels.kernels.launch import check_device
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    with pytest.raises(ValueError, match="cannot run on device 'cuda:0' under TRITON_INTERPRET=1"):
+        check_device(OnGpu)
