@@ -129,13 +129,18 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
     training = _mapping(data.get("training"), "training")
     _known_keys(training, [f.name for f in fields(StreamConfig) if f.name not in ("arm", "seed", "ella")], "training")
     config = _build(StreamConfig, training | {"ella": _build(EllaConfig, data.get("ella"), "ella")}, "training")
+    seeds = _list(data.get("seeds", [0]), int, "seeds")
+    for name, values in (("arms", arms), ("seeds", seeds)):
+        repeated = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+        if repeated:
+            raise SpecError(f"{name}: {repeated} stand more than once")
     return StreamSpec(
         model=_build(ModelSettings, data.get("model"), "model"),
         lora=_build(LoraSettings, lora_data, "lora"),
         tasks=tasks,
         config=config,
         arms=tuple(arms),
-        seeds=tuple(_list(data.get("seeds", [0]), int, "seeds")),
+        seeds=tuple(seeds),
         out=_text(data.get("out", "stream_out"), "out"),
         title=_text(data.get("title", "A continual run"), "title"),
         base=base,

@@ -88,7 +88,8 @@ def save_llama(folder: Path, seed: int = 0) -> Path:
     return _save(folder, LlamaForCausalLM(config), own)
 
 
-def save_t5(folder: Path, seed: int = 0) -> Path:
+def save_t5(folder: Path, seed: int = 0, factor: float = 1.0) -> Path:
+    """``factor`` scales the initial weights: a large one makes what is generated depend on the input at once."""
     own = tokenizer(back="</s>")
     torch.manual_seed(seed)
     config = T5Config(
@@ -98,7 +99,7 @@ def save_t5(folder: Path, seed: int = 0) -> Path:
         d_ff=96,
         num_layers=2,
         num_heads=4,
-        initializer_factor=4.0,
+        initializer_factor=factor,
         pad_token_id=0,
         eos_token_id=2,
         decoder_start_token_id=0,

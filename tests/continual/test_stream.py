@@ -1,0 +1,302 @@
+"""The stream loop: what each arm does to the adapter, the penalty inside a step, and whole runs of every model kind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ella.config import EllaConfig
+from ella.continual.models import EncoderClassifier, LoraSettings, build_classifier
+from ella.continual.stream import StreamConfig, StreamResult, run_stream, task_seed
+
+from . import tiny
+
+STRENGTH = 1.0
+CONFIG = StreamConfig(
+    batch_size=8, learning_rate=1e-2, epochs=4, ella=EllaConfig(ella_lambda=STRENGTH, normalize="rms")
+)
+TASKS = tiny.two_tasks(n_train=64, n_test=32)
+STEPS = 32  # of a task
+
+
+class Watched(EncoderClassifier):
+    """Records what every training step starts from."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows: list[list[int]] = []
+        self.norms: list[float] = []  # of all lora_B of the trained adapter, before the step
+
+    def loss(self, task, rows):
+        self.rows.append(list(rows))
+        self.norms.append(math.fsum(p.detach().norm().item() for p in trained(self, "lora_B")))
+        return super().loss(task, rows)
+
+
+def trained(classifier, part: str) -> list[torch.nn.Parameter]:
+    return [p for n, p in classifier.model.named_parameters() if part in n and ".default." in n]
+
+
+def watched(bert) -> Watched:
+    built = build_classifier(bert, lora=LoraSettings(r=4, alpha=8))
+    return Watched(built.model, built.tokenizer)
+
+
+def dense_past(classifier) -> dict[str, torch.Tensor]:
+    """W_past per layer as a matrix, in float64."""
+    return {
+        name: module.lora_B["ella_past"].weight.detach().double() @ module.lora_A["ella_past"].weight.detach().double()
+        for name, module in classifier.model.named_modules()
+        if hasattr(module, "lora_A") and "ella_past" in module.lora_A
+    }
+
+
+def run(bert, arm: str, tasks=TASKS, **changes):
+    """(classifier, result, dense past after each task)"""
+    classifier = watched(bert)
+    pasts = []
+    config = replace(CONFIG, arm=arm, **changes)
+    result = run_stream(
+        classifier, tasks, config, progress=False, on_task_end=lambda *_: pasts.append(dense_past(classifier))
+    )
+    return classifier, result, pasts
+
+
+@pytest.fixture(scope="module")
+def arms(bert):
+    return {arm: run(bert, arm) for arm in ("one", "fresh", "ella", "alone")}
+
+
+def overlap(pasts) -> float:
+    """‖ΔW₂ ⊙ W₁‖² summed over layers, each W₁ divided by its root mean square."""
+    first, second = pasts
+    total = 0.0
+    for name, w in first.items():
+        total += float(((second[name] - w) * w / w.square().mean().sqrt()).square().sum())
+    return total
+
+
+def test_tasks_are_learned(arms):
+    for arm, (_, result, _) in arms.items():
+        before, own = result.matrix.untrained, [result.matrix.rows[i][i] for i in range(2)]
+        assert own[0] >= 90.0 > 60.0 > before[0] and own[1] > before[1], (arm, before, own)
+        assert [t["steps"] for t in result.tasks] == [STEPS, STEPS] and result.tasks[0]["loss"] < 0.3
+
+
+def test_same_batches_and_same_first_task_in_all_arms(arms):
+    rows = [classifier.rows for classifier, _, _ in arms.values()]
+    assert len(rows[0]) == 2 * STEPS and all(r == rows[0] for r in rows)
+    assert rows[0][:STEPS] != rows[0][STEPS:]
+    losses = {result.tasks[0]["loss"] for _, result, _ in arms.values()}
+    assert len(losses) == 1
+    first_fresh, first_ella = arms["fresh"][2][0], arms["ella"][2][0]
+    assert all(torch.equal(first_fresh[name], first_ella[name]) for name in first_fresh) and first_fresh
+
+
+def test_another_seed_is_another_run(bert, arms):
+    classifier, result, _ = run(bert, "ella", seed=1)
+    assert classifier.rows != arms["ella"][0].rows
+    assert result.tasks[0]["loss"] != arms["ella"][1].tasks[0]["loss"]
+
+
+def test_the_same_seed_is_the_same_run(bert, arms):
+    _, result, pasts = run(bert, "ella")
+    assert result.matrix.to_dict() == arms["ella"][1].matrix.to_dict()
+    assert all(torch.equal(w, arms["ella"][2][1][name]) for name, w in pasts[1].items())
+
+
+def test_what_the_second_task_starts_from(arms):
+    """ "one" goes on with the adapter; the others start a fresh one, which has no effect (B = 0)."""
+    for arm, (classifier, _, _) in arms.items():
+        assert classifier.norms[0] == 0.0
+        assert (classifier.norms[STEPS] == 0.0) == (arm != "one"), arm
+    one = arms["one"][0]
+    assert one.norms[STEPS] == pytest.approx(one.norms[STEPS - 1], rel=0.5)
+
+
+def test_what_is_kept_of_finished_tasks(arms):
+    for arm, (classifier, result, pasts) in arms.items():
+        norms = [math.fsum(p.detach().norm().item() for p in trained(classifier, "lora_B"))]
+        if arm in ("fresh", "ella"):
+            assert len(pasts[1]) == result.layers == 4 and result.state_bytes > 0
+            # Folded: the whole effect is in the past, rank 4 a task, and the adapter is fresh again.
+            assert norms == [0.0]
+            ranks = [[int(torch.linalg.matrix_rank(w, rtol=1e-5)) for w in past.values()] for past in pasts]
+            assert ranks == [[4] * 4, [8] * 4]
+        else:
+            assert pasts == [{}, {}] and result.state_bytes == 0
+            assert norms[0] > 0
+        assert result.dense_bytes == 4 * 4 * 32 * 32
+
+
+def test_alone_forgets_what_came_before(bert, arms):
+    """The second task alone gives what a fresh model trained on it from the same seed gives."""
+    classifier, result, _ = arms["alone"]
+    built = watched(bert)
+    torch.manual_seed(task_seed(0, 1))
+    for module in built.model.modules():
+        if hasattr(module, "reset_lora_parameters"):
+            module.reset_lora_parameters("default", True)
+    task = built.encode(TASKS[1].train, TASKS[1].labels)
+    train_by_hand(built, task, arms["alone"][0].rows[STEPS:], lambda: 0.0)
+    for a, b in zip(trained(classifier, "lora_"), trained(built, "lora_"), strict=True):
+        assert torch.equal(a, b)
+    assert math.isnan(result.matrix.rows[1][0])
+    assert result.matrix.rows[1][1] == built.accuracy(built.encode(TASKS[1].test, TASKS[1].labels))
+
+
+def test_the_penalty_acts_in_the_ella_arm_only(arms):
+    for arm, (_, result, _) in arms.items():
+        first, second = result.tasks
+        assert first["penalty"] == first["penalty_seconds"] == 0
+        assert (second["penalty"] > 0) == (second["penalty_seconds"] > 0) == (arm == "ella")
+        assert math.isnan(result.penalty_share()) == (arm != "ella")
+    assert 0 < arms["ella"][1].penalty_share() < 1
+
+
+def test_the_penalty_keeps_away_from_the_past(bert, arms):
+    fresh, ella = overlap(arms["fresh"][2]), overlap(arms["ella"][2])
+    assert 0 < ella < 0.7 * fresh
+    _, _, stronger = run(bert, "ella", ella=EllaConfig(ella_lambda=300.0, normalize="rms"))
+    assert 0 < overlap(stronger) < 0.5 * ella
+
+
+def test_no_strength_is_the_fresh_arm(bert, arms):
+    _, result, pasts = run(bert, "ella", ella=EllaConfig(ella_lambda=0.0, normalize="rms"))
+    fresh = arms["fresh"]
+    assert result.matrix.to_dict() == fresh[1].matrix.to_dict()
+    assert all(torch.equal(w, fresh[2][1][name]) for name, w in pasts[1].items())
+
+
+def train_by_hand(classifier, task, batches, penalty) -> None:
+    """The step of the stream, written out with an ordinary loss."""
+    parameters = [p for p in classifier.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=CONFIG.learning_rate, weight_decay=0.0)
+    for rows in batches:
+        optimizer.zero_grad()
+        (EncoderClassifier.loss(classifier, task, rows) + penalty()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def test_a_step_is_task_loss_plus_penalty(bert, arms):
+    """The second task against a loop in which autograd differentiates λ·Σ‖ΔW ⊙ W_past‖² from dense matrices."""
+    _, _, (first, second) = arms["ella"]
+    by_hand = watched(bert)
+    run_stream(by_hand, TASKS[:1], replace(CONFIG, arm="ella"), progress=False)
+    torch.manual_seed(task_seed(0, 1))
+    layers = {name: m for name, m in by_hand.model.named_modules() if name in first}
+    for module in layers.values():
+        module.reset_lora_parameters("default", True)
+
+    def penalty():
+        total = 0.0
+        for name, module in layers.items():
+            past = (first[name] / first[name].square().mean().sqrt()).float()
+            update = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+            total = total + (update * past).square().sum()
+        return STRENGTH * total
+
+    task = by_hand.encode(TASKS[1].train, TASKS[1].labels)
+    train_by_hand(by_hand, task, arms["ella"][0].rows[STEPS:], penalty)
+    for name, module in layers.items():
+        update = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+        error = (second[name] - first[name] - update.double()).norm() / update.norm()
+        assert update.norm() > 0 and error < 1e-4, (name, float(error))
+
+
+def test_what_is_evaluated(bert):
+    tasks = tiny.three_tasks(n_train=8, n_test=8)
+    seen, everything = (run(bert, "fresh", tasks, evaluate=what)[1].matrix.rows for what in ("seen", "all"))
+    measured = [[not math.isnan(v) for v in row] for row in seen]
+    assert measured == [[True, True, False], [True, True, True], [True, True, True]]
+    assert not any(math.isnan(v) for row in everything for v in row)
+    assert all(
+        math.isnan(a) or a == b for r, s in zip(seen, everything, strict=True) for a, b in zip(r, s, strict=True)
+    )
+
+
+def test_dropout_trains_and_is_seeded(bert):
+    classifier = watched(bert)
+    modes = []
+    original = classifier.loss
+    classifier.loss = lambda *a: (modes.append(classifier.model.training), original(*a))[1]
+    first = run_stream(classifier, TASKS, replace(CONFIG, dropout=True), progress=False)
+    again = run_stream(watched(bert), TASKS, replace(CONFIG, dropout=True), progress=False)
+    without = run_stream(watched(bert), TASKS, CONFIG, progress=False)
+    assert modes == [True] * 2 * STEPS and not classifier.model.training
+    assert [t["loss"] for t in first.tasks] == [t["loss"] for t in again.tasks] != [t["loss"] for t in without.tasks]
+
+
+def test_merging_the_past_gives_the_same_scores(bert):
+    """On a float32 base, adding finished tasks to the weights is the adapter's effect up to rounding."""
+    kept = run(bert, "fresh")[1].matrix
+    merged = run(bert, "fresh", ella=EllaConfig(keep_past="merge"))[1].matrix
+    for a, b in zip(kept.rows, merged.rows, strict=True):
+        assert a == pytest.approx(b, abs=100 / 32 + 0.1)
+
+
+def test_results_survive_json(arms):
+    import json
+
+    _, result, _ = arms["ella"]
+    back = StreamResult.from_dict(json.loads(json.dumps(result.to_dict())))
+    assert back.to_dict() == json.loads(json.dumps(result.to_dict()))
+    assert (back.arm, back.seed) == ("ella", 0) and back.penalty_share() == result.penalty_share()
+
+
+def test_progress_shows_the_penalty(bert, capsys):
+    run_stream(watched(bert), TASKS, CONFIG, progress=True)
+    shown = capsys.readouterr().err
+    assert "ella/0 1/2 things" in shown and "ella/0 2/2 beings" in shown
+    assert "loss=" in shown and "penalty=0," not in shown.split("beings", 1)[1] and "penalty=" in shown
+
+
+def test_errors(bert):
+    with pytest.raises(ValueError, match=r"at least one task and distinct names, found \[\]"):
+        run_stream(watched(bert), [], CONFIG, progress=False)
+    with pytest.raises(ValueError, match=r"distinct names, found \['things', 'things'\]"):
+        run_stream(watched(bert), [TASKS[0]] * 2, CONFIG, progress=False)
+    classifier, _, _ = run(bert, "fresh", TASKS[:1])
+    with pytest.raises(ValueError, match="already carries a past"):
+        run_stream(classifier, TASKS, CONFIG, progress=False)
+    with pytest.raises(ValueError, match="training diverged in one/0 1/2 things: the loss is nan"):
+        run_stream(watched(bert), TASKS, replace(CONFIG, arm="one", learning_rate=1e30), progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arm": "ewc"}, "arm is 'ewc'; expected one of"),
+        ({"evaluate": "none"}, "evaluate is 'none'"),
+        ({"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
+        ({"eval_batch_size": 2.0}, "eval_batch_size is 2.0"),
+        ({"learning_rate": 0}, "learning_rate is 0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; expected a number above 0, or None"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        StreamConfig(**changes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_generators_run_a_stream(kind, request, tmp_path):
+    """Two tasks end to end in a decoder and an encoder-decoder: learned, penalised, saved, continued."""
+    path = request.getfixturevalue(kind)
+
+    def build():
+        return build_classifier(path, max_length=48, lora=LoraSettings(r=8, alpha=32, target_modules="all-linear"))
+
+    config = replace(CONFIG, learning_rate=3e-3, epochs=6)
+    result = run_stream(build(), TASKS, config, tmp_path, progress=False)
+    assert result.matrix.complete and result.tasks[1]["penalty"] > 0 and result.state_bytes > 0
+    # No label by chance: a random model never writes one.
+    assert result.matrix.untrained == [0.0, 0.0]
+    assert min(result.matrix.rows[0][0], result.matrix.rows[1][1]) >= 50.0, result.matrix.rows
+    again = run_stream(build(), TASKS, config, tmp_path, progress=False)
+    assert again.to_dict() == result.to_dict()
