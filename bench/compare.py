@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .report import load, machine_text, ratio_text, seconds_text, table
+from .tables import load, machine_text, ratio_text, seconds_text, table
 
 __all__ = ["Change", "compare", "main", "markdown"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .providers import PROVIDERS
-from .report import ratio_text
 from .shapes import LAYER_CASES, MODEL_CASES
+from .tables import load, ratio_text
 
 __all__ = ["MARKS", "MODES", "Mark", "best_row", "lines", "main"]
 
@@ -76,8 +76,6 @@ def lines(results: dict) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from .report import load
-
     results = load(Path(arguments[0]) if arguments else COMMITTED)
     print("\n".join(lines(results)))
     return 0

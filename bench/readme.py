@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .headline import MARKS, MODES, best_row
 from .providers import BASELINE
-from .report import bytes_text, load, machine_text, ratio_text, seconds_text, table, write_atomically
+from .report import write_atomically
+from .tables import bytes_text, load, machine_text, ratio_text, seconds_text, table
 
 __all__ = ["END", "START", "main", "replace_section", "section"]
 

@@ -284,4 +284,6 @@ def _references(group: Group, penalty: str) -> dict[int, tuple]:
     return {
         i: exact(group.lora_As[i], group.lora_Bs[i], group.pasts[i], group.scalings[i], penalty)
         for i in _checked_layers(group.sizes)
+        # The projected norm against no components is zero, which checks nothing.
+        if group.sizes[i].k or penalty == "hadamard"
     }
