@@ -1,0 +1,154 @@
+"""A run whose process is killed goes on after its last finished task and ends like an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ella.config import EllaConfig
+from ella.continual.models import LoraSettings, build_classifier
+from ella.continual.stream import StreamConfig, run_stream
+
+from . import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = StreamConfig(batch_size=4, ella=EllaConfig(ella_lambda=10.0, normalize="rms"))
+TASKS = tiny.three_tasks(n_train=64, n_test=32)
+
+# The run in a process of its own: the real MiniLM, so that the second task takes seconds.
+SCRIPT = """
+import sys
+import torch
+from tests.continual.test_resume import run
+torch.set_num_threads(1)
+run(sys.argv[1])
+"""
+
+
+def run(folder, **options):
+    built = build_classifier(max_length=32, lora=LoraSettings(r=4, alpha=8))
+    return run_stream(built, TASKS, CONFIG, folder, progress=False, **options)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    (state,) = folder.glob("after-*")
+    return {f"{p.name}/{k}": v for p in state.rglob("*.safetensors") for k, v in load_file(p).items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, run(folder)
+
+
+def killed(folder: Path) -> None:
+    """Start the run, kill the process once the first task is saved and the second has begun."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "progress.json").exists():
+            assert process.poll() is None, process.stdout.read().decode()
+            assert time.monotonic() < deadline, "the first task was not saved within two minutes"
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
+def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, unbroken):
+    whole_folder, whole = unbroken
+    folder = tmp_path / "run"
+    killed(folder)
+    progress = json.loads((folder / "progress.json").read_text())
+    finished = len(progress["result"]["tasks"])
+    assert finished < len(TASKS), "the run was over before it was killed"
+
+    done = []
+    resumed = run(folder, on_task_end=lambda index, _: done.append(index))
+    assert done == list(range(finished, len(TASKS)))
+    assert resumed.matrix.to_dict() == whole.matrix.to_dict()
+    assert [t["loss"] for t in resumed.tasks] == [t["loss"] for t in whole.tasks]
+    assert [t["penalty"] for t in resumed.tasks] == [t["penalty"] for t in whole.tasks]
+    # Not only the scores: the adapter and the past are the same bits.
+    ours, theirs = tensors(folder), tensors(whole_folder)
+    assert ours.keys() == theirs.keys() and len(ours) > 40
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert sum(t.double().norm().item() for t in ours.values()) > 0
+
+
+def test_a_finished_run_is_not_run_again(unbroken):
+    folder, whole = unbroken
+    built = build_classifier(max_length=32, lora=LoraSettings(r=4, alpha=8))
+    built.loss = None  # no step can be taken
+    again = run_stream(built, TASKS, CONFIG, folder, progress=False, on_task_end=lambda *_: pytest.fail("trained"))
+    assert again.to_dict() == whole.to_dict()
+    # The model is the one the run left: it scores what the last row says.
+    scores = [built.accuracy(built.encode(task.test, task.labels)) for task in TASKS]
+    assert scores == whole.matrix.rows[-1]
+
+
+@pytest.mark.parametrize("arm", ["one", "fresh", "ella", "alone"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_every_arm_resumes_after_every_task(tmp_path, bert, arm, index):
+    """Stopped by an error between two tasks: same matrix, same costs but the clock."""
+    config = StreamConfig(arm=arm, batch_size=8, learning_rate=1e-2, ella=CONFIG.ella, dropout=True)
+    tasks = tiny.three_tasks(n_train=24, n_test=32)
+
+    def build():
+        return build_classifier(bert, lora=LoraSettings(r=4, alpha=8, dropout=0.1))
+
+    class Stop(BaseException):
+        pass
+
+    def stop(i, _):
+        if i == index:
+            raise Stop
+
+    whole = run_stream(build(), tasks, config, progress=False)
+    with pytest.raises(Stop):
+        run_stream(build(), tasks, config, tmp_path, progress=False, on_task_end=stop)
+    resumed = run_stream(build(), tasks, config, tmp_path, progress=False)
+    assert resumed.matrix.to_dict() == whole.matrix.to_dict()
+    for ours, theirs in zip(resumed.tasks, whole.tasks, strict=True):
+        assert (ours["loss"], ours["penalty"]) == (theirs["loss"], theirs["penalty"])
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path, bert):
+    def build(**options):
+        return build_classifier(bert, lora=LoraSettings(r=4, alpha=8), **options)
+
+    tasks = tiny.two_tasks(n_train=8, n_test=4)
+    config = StreamConfig(batch_size=8)
+    run_stream(build(), tasks, config, tmp_path, progress=False)
+    before = (tmp_path / "progress.json").read_bytes()
+
+    def refused(message, classifier=None, tasks=tasks, config=config):
+        with pytest.raises(ValueError, match=message):
+            run_stream(classifier or build(), tasks, config, tmp_path, progress=False)
+
+    refused(
+        "differing: config.learning_rate was 0.002, now 0.01", config=StreamConfig(batch_size=8, learning_rate=0.01)
+    )
+    refused("config.ella.ella_lambda was 10000.0, now 1.0", config=StreamConfig(batch_size=8, ella=EllaConfig(1.0)))
+    refused("model.temperature was 20.0, now 5.0", build(temperature=5.0))
+    refused(
+        "model.base_fingerprint", build_classifier(tiny.save_bert(tmp_path / "other", seed=1), lora=LoraSettings(4, 8))
+    )
+    refused(r"order was \['things', 'beings'\], now \['beings', 'things'\]", tasks=tasks[::-1])
+    refused("tasks.beings was", tasks=[tasks[0], tasks[1].subset(train=6)])
+    assert (tmp_path / "progress.json").read_bytes() == before
