@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft.tuners.lora import LoraConfig
-from peft.utils import get_pattern_key
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor

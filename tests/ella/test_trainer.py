@@ -1,0 +1,228 @@
+"""The real Trainer against a hand-written loop: accumulation, clipping, evaluation and logging."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from ella import EllaCallback, EllaConfig, EllaRegularizer, attach
+from tests.ella.models import randomise
+
+STEPS, ACCUMULATION, BATCH, LR, CLIP = 5, 4, 2, 1e-2, 0.5
+
+
+class InOrder(Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # BERT's loss is a mean of its batch and ignores the item count: the trainer has to divide by the accumulation.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, *_args, **_kwargs):
+        return SequentialSampler(self.train_dataset)
+
+
+def data(n, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return [
+        {"input_ids": torch.randint(5, 60, (9,), generator=gen), "labels": torch.randint(0, 3, (), generator=gen)}
+        for _ in range(n)
+    ]
+
+
+def model_with_past(ella_lambda=0.02):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8, target_modules=["query", "value"])
+    model = get_peft_model(BertForSequenceClassification(config), lora)
+    reg = EllaRegularizer(model, EllaConfig(ella_lambda=ella_lambda, normalize="rms"))
+    randomise(model, 1)
+    reg.end_task("before")
+    randomise(model, 2)
+    return model, reg
+
+
+def arguments(tmp_path, **options):
+    settings = {
+        "output_dir": str(tmp_path), "max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": LR,
+        "gradient_accumulation_steps": ACCUMULATION, "max_grad_norm": CLIP, "lr_scheduler_type": "constant",
+        "report_to": "none", "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
+        "optim": "adamw_torch", "weight_decay": 0.0, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(**settings | options)
+
+
+def trained_by_hand(examples, strength=1.0, ella_lambda=0.02):
+    """Mean loss over the accumulated micro-batches plus the penalty once, clipped together."""
+    model, reg = model_with_past(ella_lambda)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    penalties = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        penalty = strength * reg.penalty()
+        penalty.backward()
+        penalties.append(penalty.item())
+        for micro in range(ACCUMULATION):
+            start = (step * ACCUMULATION + micro) * BATCH
+            rows = examples[start : start + BATCH]
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            (model(**batch).loss / ACCUMULATION).backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+    return weights(model), penalties
+
+
+def trained_by_trainer(tmp_path, examples, with_penalty=True, **options):
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path, **options), train_dataset=examples, eval_dataset=examples[:6])
+    if with_penalty:
+        attach(trainer, reg)
+    trainer.train()
+    return weights(model), trainer
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if p.requires_grad])
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+EXAMPLES = data(STEPS * ACCUMULATION * BATCH)
+
+
+def test_trainer_equals_the_hand_written_loop(tmp_path):
+    """With accumulation, clipping, and an evaluation in the middle of training."""
+    want, penalties = trained_by_hand(EXAMPLES)
+    found, trainer = trained_by_trainer(tmp_path, EXAMPLES, eval_strategy="steps", eval_steps=2)
+    assert difference(found, want) < 1e-6
+    logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(penalties, rel=1e-5)
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    # The same comparison notices a penalty four times too strong, and one that is missing.
+    too_strong, _ = trained_by_hand(EXAMPLES, strength=4.0)
+    assert difference(found, too_strong) > 1e-3
+    without, _ = trained_by_trainer(tmp_path, EXAMPLES, with_penalty=False)
+    assert difference(found, without) > 1e-3
+
+
+def test_the_penalty_added_in_compute_loss_is_four_times_too_strong(tmp_path):
+    """Why the callback exists: where the model divides its loss by the item count, as language models do, the trainer
+    does not divide again, and the loss of every micro-batch carries the whole penalty."""
+    model, reg = model_with_past()
+
+    class Naive(InOrder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = True
+
+        def compute_loss(self, model, inputs, num_items_in_batch=None, **kwargs):
+            assert num_items_in_batch == ACCUMULATION * BATCH
+            return model(**inputs).loss * BATCH / num_items_in_batch + reg.penalty()
+
+    settings = arguments(tmp_path, average_tokens_across_devices=False)
+    Naive(model, settings, train_dataset=EXAMPLES).train()
+    exact, _ = trained_by_hand(EXAMPLES)
+    four, _ = trained_by_hand(EXAMPLES, strength=4.0)
+    assert difference(weights(model), four) < 1e-5
+    assert difference(weights(model), exact) > 1e-3
+
+
+def test_the_penalty_reaches_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, trainer = trained_by_trainer(tmp_path, EXAMPLES, report_to="tensorboard", logging_steps=2)
+    logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "ella_penalty" in entry]
+    for folder in {path.parent for path in tmp_path.rglob("events.out*")}:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        if "train/ella_penalty" in events.Tags()["scalars"]:
+            assert [e.value for e in events.Scalars("train/ella_penalty")] == pytest.approx(logged, rel=1e-6)
+            return
+    pytest.fail("TensorBoard has no train/ella_penalty")
+
+
+def test_a_gradient_scaler_scales_the_seed_too():
+    """fp16 training divides all of ``p.grad`` by the scale before clipping: the seed must carry it."""
+    model, reg = model_with_past()
+
+    class Scaled:
+        class scaler:
+            @staticmethod
+            def get_scale():
+                return 1024.0
+
+    callback = EllaCallback(reg)
+    callback.on_step_begin(None, None, None, optimizer=Scaled())
+    scaled = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    model.zero_grad()
+    reg.add_gradient_()
+    plain = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert scaled and any(s.any() for s in scaled)
+    for s, p in zip(scaled, plain, strict=True):
+        assert torch.allclose(s, 1024 * p, rtol=1e-5, atol=0)
+
+
+def test_several_tasks_through_trainers(tmp_path):
+    """A new trainer per task, the same regularizer: the past grows and the penalty acts from the second task on."""
+    model, reg = model_with_past()
+    for task in ("second", "third"):
+        trainer = InOrder(model, arguments(tmp_path, max_steps=2), train_dataset=EXAMPLES)
+        attach(trainer, reg)
+        trainer.train()
+        reg.end_task(task)
+        assert not any(".ella_past." in n and p.requires_grad for n, p in model.named_parameters())
+    assert reg.tasks == ["before", "second", "third"]
+    assert reg.state().layers[reg.layers[0].name].rank == 12
+
+
+def test_a_resumed_checkpoint_keeps_the_past(tmp_path):
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train()
+    want = weights(model)
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path, save_strategy="no"), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert difference(weights(model), want) < 1e-6
+
+
+def test_wrong_attachments_are_named(tmp_path):
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path), train_dataset=EXAMPLES)
+    other = InOrder(model_with_past()[0], arguments(tmp_path), train_dataset=EXAMPLES)
+    with pytest.raises(TypeError, match="trainer must be a transformers Trainer, found Linear"):
+        attach(nn.Linear(1, 1), reg)
+    with pytest.raises(TypeError, match="regularizer must be an EllaRegularizer, found str"):
+        attach(trainer, "reg")
+    with pytest.raises(ValueError, match="belongs to another model"):
+        attach(other, reg)
+    attach(trainer, reg)
+    with pytest.raises(ValueError, match="already has an EllaCallback"):
+        attach(trainer, reg)
+
+
+@pytest.mark.parametrize("engine, title", [("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")])
+def test_engines_that_would_lose_the_penalty_are_refused(tmp_path, engine, title):
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path), train_dataset=EXAMPLES)
+    setattr(trainer.args, engine, {"config": 1})
+    with pytest.raises(ValueError, match=f"{title} keeps gradients apart from the parameters"):
+        attach(trainer, reg)
+    with pytest.raises(ValueError, match=f"{title} keeps gradients apart"):
+        EllaCallback(reg).on_train_begin(trainer.args, trainer.state, trainer.control)
