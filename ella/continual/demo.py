@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ella.config import EllaConfig
@@ -60,6 +61,7 @@ def run_demo(
     Raises ImportError without the packaged model, TaskError for data that cannot be used, ValueError for bad settings.
     """
     check_arms(arms, seeds)
+    ella = replace(DEMO_CONFIG.ella, ella_lambda=ella_lambda)
     packaged_minilm()  # a missing model is said before any work
     size = BENCHMARK_SIZE if data else DOCSTRING_SIZE
     n_train, n_test = train_examples or size[0], test_examples or size[1]
@@ -73,7 +75,6 @@ def run_demo(
     def tasks_of_seed(seed: int) -> list[Task]:
         return [task.subset(n_train, n_test, seed) for task in tasks]
 
-    ella = EllaConfig(**{**vars(DEMO_CONFIG.ella), "ella_lambda": ella_lambda})
     sizes = "; ".join(
         f"{t.name} {len(t.train)}/{len(t.test)}, {len(t.labels)} classes" for t in tasks_of_seed(seeds[0])
     )
@@ -84,7 +85,7 @@ def run_demo(
     return compare_arms(
         lambda: build_classifier(lora=DEMO_LORA, max_length=MAX_LENGTH),
         tasks_of_seed,
-        StreamConfig(**{**vars(DEMO_CONFIG), "ella": ella}),
+        replace(DEMO_CONFIG, ella=ella),
         arms=arms,
         seeds=seeds,
         out_dir=out_dir,

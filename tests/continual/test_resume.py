@@ -141,14 +141,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path, bert):
         with pytest.raises(ValueError, match=message):
             run_stream(classifier or build(), tasks, config, tmp_path, progress=False)
 
-    refused(
-        "differing: config.learning_rate was 0.002, now 0.01", config=StreamConfig(batch_size=8, learning_rate=0.01)
-    )
+    refused("config.learning_rate was 0.002, now 0.01", config=StreamConfig(batch_size=8, learning_rate=0.01))
     refused("config.ella.ella_lambda was 10000.0, now 1.0", config=StreamConfig(batch_size=8, ella=EllaConfig(1.0)))
     refused("model.temperature was 20.0, now 5.0", build(temperature=5.0))
-    refused(
-        "model.base_fingerprint", build_classifier(tiny.save_bert(tmp_path / "other", seed=1), lora=LoraSettings(4, 8))
-    )
+    other = tiny.save_bert(tmp_path / "other", seed=1)
+    refused("model.base_fingerprint was", build_classifier(other, lora=LoraSettings(r=4, alpha=8)))
     refused(r"order was \['things', 'beings'\], now \['beings', 'things'\]", tasks=tasks[::-1])
     refused("tasks.beings was", tasks=[tasks[0], tasks[1].subset(train=6)])
     assert (tmp_path / "progress.json").read_bytes() == before
