@@ -78,6 +78,14 @@ class StreamConfig:
         """All settings as plain json."""
         return asdict(self)
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that this arm's numbers depend on: a run continues under another λ if its arm has none."""
+        settings = self.to_dict()
+        used = {"ella": None, "fresh": ("past_rank", "keep_past")}.get(self.arm, ())
+        if used is not None:
+            settings["ella"] = {name: settings["ella"][name] for name in used}
+        return settings
+
 
 @dataclass
 class StreamResult:
@@ -152,7 +160,7 @@ def run_stream(
         raise ValueError("the classifier already carries a past; build a fresh one for every run")
 
     run = {
-        "config": config.to_dict(),
+        "config": config.identity(),
         "model": classifier.describe(),
         "tasks": {task.name: task.fingerprint() for task in tasks},
         "order": names,
