@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ella.atomic import write_text_atomically
+
 from .headline import MARKS, MODES, best_row
 from .providers import BASELINE
-from .report import write_atomically
 from .tables import bytes_text, load, machine_text, ratio_text, seconds_text, table
 
 __all__ = ["END", "START", "main", "replace_section", "section"]
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
         print("README.md agrees with bench/results" if old == new else "README.md differs; run: make bench-readme")
         return int(old != new)
     if old != new:
-        write_atomically(README, lambda path: path.write_text(new, encoding="utf-8"))
+        write_text_atomically(README, new)
     return 0
 
 

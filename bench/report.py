@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from ella.atomic import write_atomically, write_text_atomically
 
 from .providers import BASELINE, PROVIDERS
 from .rows import Row
 from .tables import SCHEMA, bytes_text, machine_text, ratio_text, seconds_text, table
 
-__all__ = ["Sink", "markdown", "write_atomically", "write_reports"]
+__all__ = ["Sink", "markdown", "write_reports"]
 
 RESULTS = "results.json"
 
@@ -45,17 +46,6 @@ class Sink:
         return {"schema": SCHEMA, "machine": self.machine, "rows": self.rows}
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Call ``write`` on a temporary neighbour of ``path`` and rename it, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def write_reports(results: dict, folder: Path) -> list[Path]:
     """Write every report of ``results`` into ``folder``; plots only where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +54,7 @@ def write_reports(results: dict, folder: Path) -> list[Path]:
         "results.csv": _csv(results["rows"]),
         "report.md": markdown(results),
     }
-    written = [
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-        for name, text in texts.items()
-    ]
+    written = [write_text_atomically(folder / name, text) for name, text in texts.items()]
     return written + _plots(results, folder)
 
 

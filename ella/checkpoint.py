@@ -6,8 +6,7 @@ One file makes the write whole or absent: it is written under a temporary name, 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from ella_kernels import LowRank
 
-__all__ = ["PAST_FILE", "PastState", "StoredLayer", "load_past", "save_past", "write_atomically"]
+from .atomic import write_atomically
+
+__all__ = ["PAST_FILE", "PastState", "StoredLayer", "load_past", "save_past"]
 
 PAST_FILE = "ella_past.safetensors"
 FORMAT = 1
@@ -75,19 +76,6 @@ class PastState:
     layers: dict[str, StoredLayer]
     shapes: dict[str, tuple[int, int, int]]
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, flush the file to disk and rename it into place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_past(folder: str | Path, state: PastState) -> Path:

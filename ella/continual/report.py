@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ella.atomic import write_text_atomically
+
 from .metrics import NAN, AccuracyMatrix
-from .state import write_text_atomically
 from .stream import StreamResult
 
 __all__ = ["ARM_TITLES", "environment", "format_matrix", "mean_matrix", "render_html", "summarise", "write_report"]

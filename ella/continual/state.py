@@ -16,23 +16,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-__all__ = ["StreamState", "write_text_atomically"]
+from ella.atomic import write_text_atomically
+
+__all__ = ["StreamState"]
 
 PROGRESS = "progress.json"
 VERSION = 1
 # The names written here: the folder may hold other files, which are left alone.
-_OWN = re.compile(r"after-\d+-.*|\.(after-\d+-.*|progress\.json)\.\d+\.tmp")
-
-
-def write_text_atomically(path: str | Path, text: str) -> None:
-    """Write UTF-8 text to a temporary name beside ``path``, flush it to disk and rename it into place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+_OWN = re.compile(r"after-\d+-.*|\.(after-\d+-.*|progress\.json)\.\d+\.tmp(\.json)?")
 
 
 class StreamState:

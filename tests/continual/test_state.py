@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from ella.atomic import write_text_atomically
 from ella.continual import state as module
-from ella.continual.state import StreamState, write_text_atomically
+from ella.continual.state import StreamState
 
 RUN = {"config": {"seed": 0, "ella": {"ella_lambda": 1.0}}, "tasks": {"a": "f1", "b": "f2"}, "order": ("a", "b")}
 
