@@ -27,6 +27,8 @@ BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("auto", "ieee", "tf32")
 # Two fp32 blocks of this size are 8 MB, the largest work memory one layer may ask for.
 MAX_GRAM_ELEMENTS = 2**20
+# (r, k): beyond these a tile is rebuilt so often that dense products are faster.
+MAX_STREAM_RANKS = (256, 512)
 # Found, not imported; once, because compiled callers cannot trace the search.
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -116,6 +118,13 @@ def no_kernel(algorithm: str, r: int, k: int) -> str | None:
             return (
                 f"the Triton gram kernel takes up to {MAX_GRAM_ELEMENTS} Gram elements (any r·k ≤ 256 has fewer), "
                 f"found {elements} at r = {r}, k = {k}"
+            )
+        return None
+    if algorithm in ("stream", "dense"):
+        if r > MAX_STREAM_RANKS[0] or k > MAX_STREAM_RANKS[1]:
+            return (
+                f"the Triton stream kernel takes r up to {MAX_STREAM_RANKS[0]} and k up to {MAX_STREAM_RANKS[1]}, "
+                f"found r = {r}, k = {k}"
             )
         return None
     return f"no Triton kernel for algorithm '{algorithm}' yet"

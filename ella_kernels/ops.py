@@ -191,7 +191,7 @@ def add_penalty_grad_(
     backend: str,
     precision: str,
 ) -> Tensor:
-    """Adds ``weight · ∂P`` (``factor · ∂P`` if no weight tensor) to ``grads_A``, ``grads_B``; returns values ``(n,)``."""
+    """Adds ``weight · ∂P`` (``factor · ∂P`` if no tensor is given) in place; returns the unweighted values ``(n,)``."""
     layers = _layers(
         lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B
     )  # fmt: skip

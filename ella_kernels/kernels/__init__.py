@@ -10,11 +10,12 @@ from torch import Tensor
 from ..grouped import Layer
 from .gram import hadamard_gram
 from .launch import check_device, device_guard
+from .stream import hadamard_stream
 from .tables import group_by_class
 
 __all__ = ["run"]
 
-_ALGORITHMS = {"gram": hadamard_gram}
+_ALGORITHMS = {"gram": hadamard_gram, "stream": hadamard_stream, "dense": hadamard_stream}
 
 
 def run(

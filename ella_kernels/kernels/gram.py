@@ -13,7 +13,7 @@ from ..dispatch import device_key
 from ..grouped import Layer
 from . import gram_kernels as kernels
 from .launch import TL_DTYPES, dot_precision, multiprocessors, weight_arguments
-from .tables import address_key, cached, float_bits, side_classes, side_record, to_device
+from .tables import address_key, batches, cached, float_bits, is_aligned, side_classes, side_record, to_device
 from .tiles import GramTile, gram_tile
 
 __all__ = ["hadamard_gram"]
@@ -71,8 +71,7 @@ class Launch(NamedTuple):
     grads: Tensor
     n_blocks: int
     n_grads: int
-    dtypes: dict
-    grad_dtype: object
+    constants: dict
 
 
 class Plan(NamedTuple):
@@ -95,21 +94,6 @@ def _chunk_rows(sizes: Sequence[int], shape: Shape, itemsize: int, n_programs: i
     return -(-rows // shape.rows) * shape.rows
 
 
-def _batches(layers: Sequence[Layer], slots: Sequence[int], limit: int) -> list[list[int]]:
-    """Consecutive layers whose slots fit the limit and whose gradient targets are all different."""
-    batches: list[list[int]] = []
-    used, targets = limit + 1, set()
-    for index, layer in enumerate(layers):
-        own = {t.data_ptr() for t in (layer.grad_A, layer.grad_B) if t is not None}
-        if used + slots[index] > limit or targets & own:
-            batches.append([])
-            used, targets = 0, set()
-        batches[-1].append(index)
-        used += slots[index]
-        targets |= own
-    return batches
-
-
 def _plans(layers: Sequence[Layer], positions: Sequence[int], shape: Shape, itemsize: int) -> list[Plan]:
     n_programs = 4 * multiprocessors(layers[0].lora_A.device)
     sizes = [size for layer in layers for size in layer.sizes[:2]]
@@ -121,7 +105,7 @@ def _plans(layers: Sequence[Layer], positions: Sequence[int], shape: Shape, item
     grad_base = 0 if layers[0].grad_B is None else layers[0].grad_B.data_ptr()
     return [
         _plan([layers[i] for i in chosen], [positions[i] for i in chosen], shape, chunk, per_grad, grad_base)
-        for chosen in _batches(layers, slots, WORK_BYTES // (shape.elements * itemsize))
+        for chosen in batches(layers, slots, WORK_BYTES // (shape.elements * itemsize))
     ]
 
 
@@ -153,9 +137,10 @@ def _plan(
     classes = side_classes(layers[0])
     if classes[0] == classes[1]:
         classes, blocks, grads = classes[:1], (blocks[0] + blocks[1],), (grads[0] + grads[1],)
+    aligned = all(map(is_aligned, sides))
     on_sides, on_layers, *items = to_device([sides, records, *blocks, *grads], layers[0].lora_A.device)
     launches = [
-        Launch(items[i], items[len(classes) + i], len(blocks[i]), len(grads[i]), side.tl_dtypes, TL_DTYPES[side.grad])
+        Launch(items[i], items[len(classes) + i], len(blocks[i]), len(grads[i]), side.tl_dtypes | {"ALIGNED": aligned})
         for i, side in enumerate(classes)
     ]
     return Plan(on_sides, on_layers, len(layers), slot, -(-shape.elements // _REDUCE_BLOCK), launches)
@@ -192,7 +177,7 @@ def _run_plan(
     sizes = {"R": shape.r, "K": shape.k, "ENERGY": int(shape.energy), "ACC": acc}
     for launch in plan.launches:
         kernels.gram_fwd_kernel_blocks[(launch.n_blocks,)](
-            plan.sides, launch.blocks, blocks, totals, **sizes, **launch.dtypes, PRECISION=precision, BM=shape.rows,
+            plan.sides, launch.blocks, blocks, totals, **sizes, **launch.constants, PRECISION=precision, BM=shape.rows,
             TP=shape.tile_pairs, TQ=shape.tile_past, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     kernels.gram_fwd_kernel_reduce[(plan.n_layers, plan.n_slices)](
@@ -205,7 +190,7 @@ def _run_plan(
             continue
         kernels.gram_bwd_kernel_factors[(n_layers + launch.n_grads,)](
             plan.layers, plan.sides, launch.grads, blocks, partials, values, *weight_arguments(weight, values),
-            grad_base, n_layers, plan.n_slices, **sizes, **launch.dtypes, GRAD=launch.grad_dtype, PRECISION=precision,
+            grad_base, n_layers, plan.n_slices, **sizes, **launch.constants, PRECISION=precision,
             WEIGHT_IS_TENSOR=isinstance(weight, Tensor), BM=shape.grad_rows, TQ=shape.grad_past, RA=shape.grad_first,
             RB=shape.grad_second, SLICES=_next_power(plan.n_slices, 1), num_warps=shape.grad_warps,
             num_stages=shape.stages,

@@ -15,14 +15,6 @@ from .records import (
     COL_CHUNKS,
     COL_SLOT,
     COMPONENTS_ARE_LAST,
-    ENERGY_PTR,
-    ENERGY_ROW,
-    FACTOR_COMP,
-    FACTOR_PTR,
-    FACTOR_ROW,
-    GRAD_COMP,
-    GRAD_OFFSET,
-    GRAD_ROW,
     ITEM,
     ITEM_FIRST,
     ITEM_SECOND,
@@ -34,45 +26,40 @@ from .records import (
     LAYER_SCALING_BITS,
     LAYER_VALUE,
     PARTNER_SLOT,
-    PAST_COMP,
-    PAST_PTR,
-    PAST_ROW,
     ROW_CHUNKS,
     ROW_SLOT,
     SCALING_BITS,
     SIDE,
+)
+from .sides import (
+    add_tile,
+    inverse_or_zero,
+    load_scaling,
+    load_tile,
+    load_weight,
+    side_energy,
+    side_factor,
+    side_grad,
+    side_past,
 )
 
 __all__ = ["gram_bwd_kernel_factors", "gram_fwd_kernel_blocks", "gram_fwd_kernel_reduce"]
 
 
 @triton.jit
-def _side_factor(p_side, start, FACTOR: tl.constexpr):
-    s_row, s_comp = tl.load(p_side + FACTOR_ROW), tl.load(p_side + FACTOR_COMP).to(tl.int32)
-    p_x = tl.load(p_side + FACTOR_PTR).to(tl.pointer_type(FACTOR)) + start * s_row
-    return p_x, s_row.to(tl.int32), s_comp
-
-
-@triton.jit
-def _side_past(p_side, start, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr):
-    s_row, s_comp = tl.load(p_side + PAST_ROW), tl.load(p_side + PAST_COMP).to(tl.int32)
-    p_y = tl.load(p_side + PAST_PTR).to(tl.pointer_type(PAST)) + start * s_row
-    s_energy = tl.load(p_side + ENERGY_ROW)
-    p_energy = tl.load(p_side + ENERGY_PTR).to(tl.pointer_type(ENERGY_TYPE)) + start * s_energy
-    return p_y, s_row.to(tl.int32), s_comp, p_energy, s_energy.to(tl.int32)
-
-
-@triton.jit
 def _block(
     p_side, start, stop, o_p, o_q, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr, FACTOR: tl.constexpr,
-    PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    TP: tl.constexpr, TQ: tl.constexpr, COMPONENTS_LAST: tl.constexpr,
+    PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, TP: tl.constexpr, TQ: tl.constexpr, COMPONENTS_LAST: tl.constexpr,
 ):  # fmt: skip
     b_block = tl.zeros((TP, TQ), dtype=ACC)
     b_total = tl.zeros((BM,), dtype=ACC)
-    p_x, s_xr, s_xc = _side_factor(p_side, start, FACTOR)
-    p_y, s_yr, s_yc, p_e, s_e = _side_past(p_side, start, PAST, ENERGY_TYPE)
+    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, COMPONENTS_LAST)
+    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
+    p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
     n_rows = (stop - start).to(tl.int32)
+    if ALIGNED:
+        n_rows = tl.multiple_of(n_rows, 4)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
@@ -87,8 +74,8 @@ def _block(
 @triton.jit
 def gram_fwd_kernel_blocks(
     p_sides, p_items, p_blocks, p_totals, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr,
-    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, TP: tl.constexpr, TQ: tl.constexpr,
+    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TP: tl.constexpr, TQ: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = R * (R + 1) // 2
     Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
@@ -100,11 +87,13 @@ def gram_fwd_kernel_blocks(
     slot = tl.load(p_item + ITEM_SLOT)
     if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
         b_block, total = _block(
-            p_side, start, stop, o_p, o_q, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ACC, PRECISION, BM, TP, TQ, True
+            p_side, start, stop, o_p, o_q, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TP,
+            TQ, True,
         )  # fmt: skip
     else:
         b_block, total = _block(
-            p_side, start, stop, o_p, o_q, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ACC, PRECISION, BM, TP, TQ, False
+            p_side, start, stop, o_p, o_q, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TP,
+            TQ, False,
         )  # fmt: skip
     m_block = (o_p < P)[:, None] & (o_q < Q)[None, :]
     tl.store(p_blocks + slot * (P * Q) + (o_p[:, None] * Q + o_q[None, :]), b_block, mask=m_block)
@@ -143,20 +132,13 @@ def gram_fwd_kernel_reduce(
         total = tl.sum(tl.zeros((1,), dtype=ACC))
         for j in range(0, tl.load(p_layer + ROW_CHUNKS).to(tl.int32)):
             total += tl.load(p_totals + row_slot + j)
-        # Nothing dropped: τ = 0 and the whole term is zero, not 0/0.
-        share = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total)).to(ACC)
-        b_weight = tl.where(o_q == Q - 1, share, b_weight)
+        b_weight = tl.where(o_q == Q - 1, inverse_or_zero(total).to(ACC), b_weight)
     b_pairs = tl.where(o_p < R, 1.0, 2.0).to(tl.float64)
     value = tl.sum(b_rows.to(tl.float64) * (b_cols * b_weight).to(tl.float64) * b_pairs)
     tl.store(p_partials + i_layer * tl.num_programs(1) + i_slice, value)
     # In place of the first chunks, which only this program reads at these elements.
     tl.store(p_rows, b_rows * b_weight, mask=m_e)
     tl.store(p_cols, b_cols * b_weight, mask=m_e)
-
-
-@triton.jit
-def _scaling(p_bits):
-    return tl.load(p_bits).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -169,19 +151,20 @@ def _coefficients(p_c, o_a, o_b, o_q, R: tl.constexpr, Q: tl.constexpr, ACC: tl.
 
 @triton.jit
 def _factor_grads(
-    p_side, p_c, p_grad, start, stop, scale, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr,
-    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, TQ: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr,
+    p_side, p_c, grad_base, start, stop, scale, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr,
+    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TQ: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr,
     COMPONENTS_LAST: tl.constexpr,
 ):  # fmt: skip
     Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
     ONE_TILE: tl.constexpr = Q <= TQ and RA >= R and RB >= R
-    p_x, s_xr, s_xc = _side_factor(p_side, start, FACTOR)
-    p_y, s_yr, s_yc, p_e, s_e = _side_past(p_side, start, PAST, ENERGY_TYPE)
-    s_gr, s_gc = tl.load(p_side + GRAD_ROW), tl.load(p_side + GRAD_COMP).to(tl.int32)
-    p_g = p_grad + start * s_gr
-    s_gr = s_gr.to(tl.int32)
+    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, COMPONENTS_LAST)
+    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
+    p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
+    p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
     n_rows = (stop - start).to(tl.int32)
+    if ALIGNED:
+        n_rows = tl.multiple_of(n_rows, 4)
     o_ab = tl.arange(0, RA * RB)
     if ONE_TILE:
         b_c = _coefficients(p_c, o_ab // RB, o_ab % RB, tl.arange(0, TQ), R, Q, ACC, RA * RB)
@@ -206,24 +189,18 @@ def _factor_grads(
                         b_cq = _coefficients(p_c, a0 + o_ab // RB, b0 + o_ab % RB, o_q, R, Q, ACC, RA * RB)
                         b_w = tl.dot(b_yy, b_cq, b_w, input_precision=PRECISION, out_dtype=ACC)
                 o_b = b0 + tl.arange(0, RB)
-                o_x, m_x = o_row[:, None] * s_xr + o_b[None, :] * s_xc, m_row[:, None] & (o_b < R)[None, :]
-                b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(ACC)
+                b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, o_b, R, ACC, COMPONENTS_LAST)
                 b_grad += tl.sum(tl.reshape(b_w, (BM, RA, RB)) * b_x[:, None, :], 2)
-            o_a = a0 + tl.arange(0, RA)
-            p_out = p_g + o_row[:, None] * s_gr + o_a[None, :] * s_gc
-            m_out = m_row[:, None] & (o_a < R)[None, :]
-            # One rounding: the sum is formed in the accumulator's dtype.
-            b_out = tl.load(p_out, mask=m_out, other=0.0).to(ACC) + b_grad * scale
-            tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, RA), R, b_grad * scale, ACC)
 
 
 @triton.jit
 def gram_bwd_kernel_factors(
     p_layers, p_sides, p_items, p_blocks, p_partials, p_values, p_weight, weight: tl.float64, grad_base: tl.int64,
     n_layers, n_slices, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr, FACTOR: tl.constexpr,
-    PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGHT_IS_TENSOR: tl.constexpr, BM: tl.constexpr, TQ: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr,
-    SLICES: tl.constexpr,
+    PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, WEIGHT_IS_TENSOR: tl.constexpr, BM: tl.constexpr, TQ: tl.constexpr, RA: tl.constexpr,
+    RB: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = R * (R + 1) // 2
     Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
@@ -232,7 +209,7 @@ def gram_bwd_kernel_factors(
         p_layer = p_layers + i_item * LAYER
         o_slice = tl.arange(0, SLICES)
         b_value = tl.load(p_partials + i_item * n_slices + o_slice, mask=o_slice < n_slices, other=0.0)
-        scaling = _scaling(p_layer + LAYER_SCALING_BITS)
+        scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
         value = tl.sum(b_value) * scaling * scaling
         tl.store(p_values + tl.load(p_layer + LAYER_VALUE), value.to(p_values.dtype.element_ty))
     else:
@@ -240,19 +217,15 @@ def gram_bwd_kernel_factors(
         p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
         start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
         p_c = p_blocks + tl.load(p_side + PARTNER_SLOT) * (P * Q)
-        p_grad = (grad_base + tl.load(p_side + GRAD_OFFSET)).to(tl.pointer_type(GRAD))
-        scaling = _scaling(p_side + SCALING_BITS)
-        if WEIGHT_IS_TENSOR:
-            scale = (2.0 * scaling * scaling * tl.load(p_weight).to(tl.float64)).to(ACC)
-        else:
-            scale = (2.0 * scaling * scaling * weight).to(ACC)
+        scaling = load_scaling(p_side + SCALING_BITS)
+        scale = (2.0 * scaling * scaling * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)).to(ACC)
         if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
             _factor_grads(
-                p_side, p_c, p_grad, start, stop, scale, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ACC, PRECISION,
-                BM, TQ, RA, RB, True,
+                p_side, p_c, grad_base, start, stop, scale, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
+                ALIGNED, ACC, PRECISION, BM, TQ, RA, RB, True,
             )  # fmt: skip
         else:
             _factor_grads(
-                p_side, p_c, p_grad, start, stop, scale, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ACC, PRECISION,
-                BM, TQ, RA, RB, False,
+                p_side, p_c, grad_base, start, stop, scale, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
+                ALIGNED, ACC, PRECISION, BM, TQ, RA, RB, False,
             )  # fmt: skip

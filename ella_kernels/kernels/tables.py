@@ -20,9 +20,11 @@ from .launch import TL_DTYPES
 __all__ = [
     "SideClass",
     "address_key",
+    "batches",
     "cached",
     "float_bits",
     "group_by_class",
+    "is_aligned",
     "side_classes",
     "side_record",
     "to_device",
@@ -43,7 +45,12 @@ class SideClass(NamedTuple):
     @property
     def tl_dtypes(self) -> dict:
         """The operand dtypes as the kernels' keyword arguments."""
-        return {"FACTOR": TL_DTYPES[self.factor], "PAST": TL_DTYPES[self.past], "ENERGY_TYPE": TL_DTYPES[self.energy]}
+        return {
+            "FACTOR": TL_DTYPES[self.factor],
+            "PAST": TL_DTYPES[self.past],
+            "ENERGY_TYPE": TL_DTYPES[self.energy],
+            "GRAD": TL_DTYPES[self.grad],
+        }
 
 
 def side_classes(layer: Layer) -> tuple[SideClass, SideClass]:
@@ -83,6 +90,21 @@ def address_key(layers: Sequence[Layer]) -> tuple:
     return (layers[0].lora_A.device, *key)
 
 
+def batches(layers: Sequence[Layer], slots: Sequence[int], limit: int) -> list[list[int]]:
+    """Consecutive layers whose slots fit the limit and whose gradient targets are all different."""
+    batches: list[list[int]] = []
+    used, targets = limit + 1, set()
+    for index, layer in enumerate(layers):
+        own = {t.data_ptr() for t in (layer.grad_A, layer.grad_B) if t is not None}
+        if used + slots[index] > limit or targets & own:
+            batches.append([])
+            used, targets = 0, set()
+        batches[-1].append(index)
+        used += slots[index]
+        targets |= own
+    return batches
+
+
 def cached(key: tuple, build: Callable[[], object]):
     """The table for ``key``, built on a miss; the least recently used is dropped."""
     if key in _tables:
@@ -118,7 +140,8 @@ def side_record(layer: Layer, is_rows: bool, grad_base: int, partner_slot: int) 
     factor, past, energy, grad = (
         (layer.lora_B, layer.left, layer.row_energy, layer.grad_B)
         if is_rows
-        else (layer.lora_A, layer.right, layer.col_energy, layer.grad_A)
+        # A stored past has the other side's rows for components, seen from either side.
+        else (layer.lora_A, layer.left if layer.right is None else layer.right, layer.col_energy, layer.grad_A)
     )
     record = [0] * records.SIDE.value
     fields = [*_address(factor, not is_rows), *_address(past, not is_rows)]
@@ -130,6 +153,19 @@ def side_record(layer: Layer, is_rows: bool, grad_base: int, partner_slot: int) 
     fields += [int(fields[5] < fields[4]), float_bits(layer.scaling)]
     record[: len(fields)] = fields
     return record
+
+
+def is_aligned(record: list[int]) -> bool:
+    """Whether loads of this side may be 16 bytes wide: what ``ALIGNED`` promises to the kernels."""
+    last = record[records.COMPONENTS_ARE_LAST.value]
+    for pointer, row, comp in (
+        [record[i.value] for i in (records.FACTOR_PTR, records.FACTOR_ROW, records.FACTOR_COMP)],
+        [record[i.value] for i in (records.PAST_PTR, records.PAST_ROW, records.PAST_COMP)],
+    ):
+        near, far = (comp, row) if last else (row, comp)
+        if pointer and (pointer % 16 or near != 1 or far % 4):
+            return False
+    return record[records.ROWS.value] % 4 == 0
 
 
 def to_device(tables: Sequence[list[list[int]]], device: torch.device) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["GRAM_TILES", "GramTile", "gram_tile", "target_name"]
+__all__ = ["GRAM_TILES", "STREAM_TILES", "GramTile", "StreamTile", "gram_tile", "stream_tile"]
 
 
 class GramTile(NamedTuple):
@@ -32,12 +32,29 @@ GRAM_TILES: dict[str, dict[str, GramTile]] = {
 }
 
 
-def target_name(name: str) -> str:
-    """``name`` if the tables list it, else "default"."""
-    return name if name in GRAM_TILES else "default"
+class StreamTile(NamedTuple):
+    """Blocks of the stream kernel: owned rows × rows of the other side, and components at a time."""
+
+    rows: int
+    other_rows: int
+    components: int
+    past_components: int
+    warps: int
+    stages: int = 1
+
+
+STREAM_TILES: dict[str, dict[str, StreamTile]] = {
+    "default": {"ieee": StreamTile(32, 64, 64, 32, 4)},
+}
 
 
 def gram_tile(target: str, precision: str) -> GramTile:
     """The row for a target and a dot precision; the default row where there is none."""
     rows = GRAM_TILES.get(target, {})
     return rows.get(precision) or GRAM_TILES["default"]["ieee"]
+
+
+def stream_tile(target: str, precision: str) -> StreamTile:
+    """As :func:`gram_tile`, for the stream kernel."""
+    rows = STREAM_TILES.get(target, {})
+    return rows.get(precision) or STREAM_TILES["default"]["ieee"]

@@ -1,0 +1,120 @@
+"""Reading one side of a layer from the side table, and tiles of its operands in either memory order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .records import (
+    ENERGY_PTR,
+    ENERGY_ROW,
+    FACTOR_COMP,
+    FACTOR_PTR,
+    FACTOR_ROW,
+    GRAD_COMP,
+    GRAD_OFFSET,
+    GRAD_ROW,
+    PAST_COMP,
+    PAST_PTR,
+    PAST_ROW,
+)
+
+__all__ = [
+    "add_tile",
+    "inverse_or_zero",
+    "load_scaling",
+    "load_tile",
+    "load_weight",
+    "side_energy",
+    "side_factor",
+    "side_grad",
+    "side_past",
+]
+
+
+@triton.jit
+def _matrix(
+    p_x, s_row, s_comp, start, ALIGNED: tl.constexpr, COMPONENTS_LAST: tl.constexpr, TYPE: tl.constexpr
+):  # fmt: skip
+    # 64-bit arithmetic up to the first row, 32-bit offsets from there. ALIGNED promises what makes loads wide: 16-byte
+    # addresses, unit stride along the near dimension, and multiples of four along the other.
+    p_tile = p_x.to(tl.pointer_type(TYPE)) + start * s_row
+    s_row, s_comp = s_row.to(tl.int32), s_comp.to(tl.int32)
+    if ALIGNED:
+        p_tile = tl.multiple_of(p_tile, 16)
+        if COMPONENTS_LAST:
+            s_row, s_comp = tl.multiple_of(s_row, 4), 1
+        else:
+            s_row, s_comp = 1, tl.multiple_of(s_comp, 4)
+    return p_tile, s_row, s_comp
+
+
+@triton.jit
+def side_factor(p_side, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COMPONENTS_LAST: tl.constexpr):
+    """Pointer to row ``start`` of the factor, and its strides along rows and components."""
+    s_row, s_comp = tl.load(p_side + FACTOR_ROW), tl.load(p_side + FACTOR_COMP)
+    return _matrix(tl.load(p_side + FACTOR_PTR), s_row, s_comp, start, ALIGNED, COMPONENTS_LAST, TYPE)
+
+
+@triton.jit
+def side_past(p_side, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COMPONENTS_LAST: tl.constexpr):
+    """As :func:`side_factor`, for the factor of the past; a stored past has the other side's rows as components."""
+    s_row, s_comp = tl.load(p_side + PAST_ROW), tl.load(p_side + PAST_COMP)
+    return _matrix(tl.load(p_side + PAST_PTR), s_row, s_comp, start, ALIGNED, COMPONENTS_LAST, TYPE)
+
+
+@triton.jit
+def side_energy(p_side, start, TYPE: tl.constexpr):
+    """Pointer to the energy of row ``start``, and its stride."""
+    s_row = tl.load(p_side + ENERGY_ROW)
+    return tl.load(p_side + ENERGY_PTR).to(tl.pointer_type(TYPE)) + start * s_row, s_row.to(tl.int32)
+
+
+@triton.jit
+def side_grad(p_side, grad_base, start, TYPE: tl.constexpr):
+    """Pointer to row ``start`` of the gradient, and its strides."""
+    p_grad = (grad_base + tl.load(p_side + GRAD_OFFSET)).to(tl.pointer_type(TYPE))
+    s_row = tl.load(p_side + GRAD_ROW)
+    return p_grad + start * s_row, s_row.to(tl.int32), tl.load(p_side + GRAD_COMP).to(tl.int32)
+
+
+@triton.jit
+def load_tile(p_x, s_row, s_comp, o_row, m_row, o_comp, N: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr):
+    """``[rows, components]`` tile, loaded so that lanes are neighbours in memory; zero outside."""
+    if LAST:
+        m_x = m_row[:, None] & (o_comp < N)[None, :]
+        b_x = tl.load(p_x + (o_row[:, None] * s_row + o_comp[None, :] * s_comp), mask=m_x, other=0.0).to(ACC)
+    else:
+        m_x = m_row[None, :] & (o_comp < N)[:, None]
+        b_x = tl.load(p_x + (o_row[None, :] * s_row + o_comp[:, None] * s_comp), mask=m_x, other=0.0).to(ACC)
+        b_x = tl.trans(b_x)
+    return b_x
+
+
+@triton.jit
+def add_tile(p_x, s_row, s_comp, o_row, m_row, o_comp, N: tl.constexpr, b_x, ACC: tl.constexpr):
+    """Add ``b_x`` to a tile in memory: the sum is formed in the accumulator's dtype and rounded once."""
+    p_out = p_x + (o_row[:, None] * s_row + o_comp[None, :] * s_comp)
+    m_out = m_row[:, None] & (o_comp < N)[None, :]
+    b_out = tl.load(p_out, mask=m_out, other=0.0).to(ACC) + b_x
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def load_scaling(p_bits):
+    """The float64 whose bits a table holds."""
+    return tl.load(p_bits).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def load_weight(p_weight, weight, IS_TENSOR: tl.constexpr):
+    """The weight in float64, from the device if it is a tensor."""
+    if IS_TENSOR:
+        weight = tl.load(p_weight).to(tl.float64)
+    return weight
+
+
+@triton.jit
+def inverse_or_zero(x):
+    """``1 / x``, and 0 for 0: nothing dropped, so the whole energy term is zero, not 0/0."""
+    return tl.where(x == 0, 0.0, 1.0 / tl.where(x == 0, 1.0, x))
