@@ -47,7 +47,7 @@ def random_layers(tasks: int = 15, rank: int = 8, width: int = 512, outliers: bo
 
 
 @cache
-def trained_layers(penalised: bool, *, tasks: int = 8, examples: int = 64, epochs: int = 3) -> tuple[Layer, ...]:
+def trained_layers(penalised: bool, *, tasks: int = 8, examples: int = 64, epochs: int = 2) -> tuple[Layer, ...]:
     """Pasts of a real run: MiniLM learns ``tasks`` docstring tasks, r = 8 on query and value; the last one is current.
 
     Args:
@@ -80,6 +80,7 @@ def trained_layers(penalised: bool, *, tasks: int = 8, examples: int = 64, epoch
     )
 
 
+@cache
 def _tasks(count: int, examples: int):
     """Docstring tasks, each library's classes dealt out so that there are ``count`` tasks with labels of their own."""
     from ella.continual.docstrings import docstring_tasks

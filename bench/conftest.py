@@ -116,8 +116,7 @@ def measured(request, limits, device):
                 item.callspec.params["provider"]
                 for item in request.session.items
                 if item.originalname == f"bench_{bench}"
-                and item.callspec.params.get("case") == case
-                and item.callspec.params.get("mode", mode) == mode
+                and (item.callspec.params["case"], item.callspec.params["mode"]) == (case, mode)
             ]
             last.update(key=key, rows=measure_case(bench, case, mode, names, limits, device, **options))
         return last["rows"]

@@ -100,6 +100,7 @@ class Provider:
         add_grad_: in-place form, or None to accumulate through autograd.
         refuses: device → reason, or None if it runs there.
         penalty: "hadamard" or "spectral", which is a different number.
+        one_backward: whether a graph can be differentiated only once, so that backward alone has no repeated timing.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Provider:
     add_grad_: Callable[[Group, list, list[Tensor], list[Tensor]], Tensor] | None = None
     refuses: Callable[[str], str | None] = lambda device: None
     penalty: str = "hadamard"
+    one_backward: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -310,6 +312,7 @@ PROVIDERS: dict[str, Provider] = {
             compiled,
             _COMPILED_PASSES,
             refuses=_no_compiler,
+            one_backward=True,
         ),
         _dense(
             "dense rebuilt",

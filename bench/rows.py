@@ -137,6 +137,8 @@ def _why_not(provider: Provider, case: Case, mode: str, device: str, limits: Lim
     reason = provider.refuses(device)
     if reason:
         return reason
+    if provider.one_backward and mode == "backward":
+        return "its graph lends its buffers to the first backward and has no second; see both"
     if provider.penalty == "spectral" and not any(size.k for size in case.sizes):
         return "the projected norm against a past without components is zero"
     past = sum(provider.held_bytes(size) for size in case.sizes)

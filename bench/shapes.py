@@ -169,8 +169,8 @@ MODEL_CASES = (
     model_case("LLaMA-3.2-1B", "all", 16, 16, short=False),
     model_case("LLaMA-3.1-8B", "qv", 8, 8),
     model_case("LLaMA-3.1-8B", "all", 16, 16, short=False),
-    model_case("LLaMA-3.1-70B", "qv", 8, 8, short=False),
-    model_case("LLaMA-3.1-70B", "all", 16, 16),
+    model_case("LLaMA-3.1-70B", "qv", 8, 8),
+    model_case("LLaMA-3.1-70B", "all", 16, 16, short=False),
     model_case("Qwen3-30B-A3B, 1 of 48 blocks", "all", 8, 8),
     model_case("Qwen3-30B-A3B", "all", 8, 8, short=False),
 )
