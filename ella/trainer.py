@@ -73,6 +73,10 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     if any(isinstance(callback, EllaCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer already has an EllaCallback; a second one would double the penalty")
     refuse_unsupported(trainer.args)
+    # An accelerate configuration file turns these on without a word in the arguments.
+    for name, title in (("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")):
+        if getattr(trainer, name, False):
+            raise ValueError(f"{title} keeps gradients apart from the parameters, where the penalty would be lost")
     callback = EllaCallback(regularizer)
     trainer.add_callback(callback)
     # Reporters run in order and copy the log: ours goes first.
