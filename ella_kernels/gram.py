@@ -67,20 +67,31 @@ class _Workspace:
             self._buffers[key] = like.new_empty(size)
         return self._buffers[key][:size].view(shape)
 
+    def stack(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """:func:`stack` into the buffer ``name``; a single tensor that fits is viewed, not copied."""
+        if len(tensors) == 1 or any(tensor.dtype != dtype for tensor in tensors):
+            return stack(tensors, dtype)
+        return torch.stack(tensors, out=self.take(name, tensors[0], len(tensors), *tensors[0].shape))
+
 
 class _Side:
-    """One side of the product, rows of B with L or columns of A with R: factors ``(n, r, c)``, ``(n, k, c)``."""
+    """Rows of B with L, or columns of A with R, of ``n`` layers: factors ``(n, r, c)``, pasts ``(n, k, c)``.
 
-    def __init__(self, name: str, work: _Workspace, factor: Tensor, past: Tensor, energy: Tensor | None):
-        self.name, self.work = name, work
-        self.factor, self.past, self.energy = factor, past, energy
-        self.n, self.r, self.width = factor.shape
-        self.k = past.shape[1]
-        self.q = _n_pairs(self.k) + (energy is not None)
+    Both sides of square layers make one ``_Side`` of ``2n``: half the operations to launch, twice the work in each.
+    """
+
+    def __init__(self, name: str, work: _Workspace, factors, pasts, energies, dtype: torch.dtype, limit: int):
+        self.name, self.work, self.limit = name, work, limit
+        self.factor = work.stack(name + " stacked factors", factors, dtype)
+        self.past = work.stack(name + " stacked pasts", pasts, dtype)
+        self.energy = None if energies is None else stack(energies, dtype)
+        self.n, self.r, self.width = self.factor.shape
+        self.k = self.past.shape[1]
+        self.q = _n_pairs(self.k) + (energies is not None)
         self.kept: tuple[slice, Tensor] | None = None
 
     def chunks(self, pairs: int) -> Iterator[slice]:
-        step = max(16, _WORK // max(1, self.n * max(self.q, pairs)))
+        step = max(16, self.limit // max(1, self.n * max(self.q, pairs)))
         for start in range(0, self.width, step):
             yield slice(start, min(start + step, self.width))
 
@@ -133,7 +144,25 @@ def _layers_per_batch(layer: Layer) -> int:
     out, in_, r, k = layer.sizes
     pairs = max(_n_pairs(r), _n_pairs(k) + 1)
     # Never reach out·in elements in one work tensor, however small the layer.
-    return min(_WORK, out * in_ // 2) // (max(out, in_) * pairs)
+    return min(_WORK, (out * in_ - 1) // 2) // (max(out, in_) * pairs)
+
+
+def _sides(group: list[Layer], work: _Workspace, dtype: torch.dtype) -> list[_Side]:
+    """Rows and columns of ``group``: one side of both where a square layer's work is small, else two."""
+    out, in_, r, k = group[0].sizes
+    factors = [layer.lora_B.mT for layer in group], [layer.lora_A for layer in group]
+    pasts = [layer.left.mT for layer in group], [layer.right for layer in group]
+    energies = [None, None]
+    if group[0].row_energy is not None:
+        energies = [layer.row_energy for layer in group], [layer.col_energy for layer in group]
+    pairs = max(_n_pairs(r), _n_pairs(k) + 1)
+    if out == in_ and 2 * len(group) * pairs * out <= min(2 * _WORK, out * in_ - 1):
+        both = None if energies[0] is None else [*energies[0], *energies[1]]
+        return [_Side("both", work, [*factors[0], *factors[1]], [*pasts[0], *pasts[1]], both, dtype, 2 * _WORK)]
+    return [
+        _Side(name, work, *parts, dtype, _WORK)
+        for name, *parts in zip(("rows", "cols"), factors, pasts, energies, strict=True)
+    ]
 
 
 def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list[Tensor]:
@@ -146,51 +175,43 @@ def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list
     Returns:
         One 0-dim value per layer, in the layer's arithmetic dtype.
 
-    Work memory: four tensors of 2¹⁹ elements and ``r·k²`` coefficients, whatever the layer's size.
+    Work memory: four tensors of 2¹⁹ elements, a copy of one batch of layers and ``r·k²`` coefficients, whatever the layer's size.
     """
     work = _Workspace()
     return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight, work))
 
 
 def _batch(group: list[Layer], weight: Tensor | float, work: _Workspace) -> Tensor:
-    first, dtype = group[0], group[0].dtype
-    has_energy = first.row_energy is not None
-    rows = _Side(
-        "rows",
-        work,
-        stack([layer.lora_B.mT for layer in group], dtype),
-        stack([layer.left.mT for layer in group], dtype),
-        stack([layer.row_energy for layer in group], dtype) if has_energy else None,
-    )
-    cols = _Side(
-        "cols",
-        work,
-        stack([layer.lora_A for layer in group], dtype),
-        stack([layer.right for layer in group], dtype),
-        stack([layer.col_energy for layer in group], dtype) if has_energy else None,
-    )
-    n, r, k = rows.n, rows.r, rows.k
+    first, dtype, n = group[0], group[0].dtype, len(group)
+    sides = _sides(group, work, dtype)
+    r, k, like = sides[0].r, sides[0].k, sides[0].factor
     # Scaling in float64: s² alone may leave fp32's range, and the tensor is tiny.
-    scale = torch.tensor([layer.scaling**2 for layer in group], dtype=torch.float64).to(rows.factor.device)
-    past_weight = _multiplicity(k, range(k), rows.factor).expand(n, -1)  # [n, Q]
-    if has_energy:
-        total = rows.energy.sum(1, keepdim=True)
+    scale = torch.tensor([layer.scaling**2 for layer in group], dtype=torch.float64).to(like.device)
+    past_weight = _multiplicity(k, range(k), like).expand(n, -1)  # [n, Q]
+    if first.row_energy is not None:
+        total = sides[0].energy[:n].sum(1, keepdim=True)
         past_weight = torch.cat([past_weight, torch.where(total == 0, total, 1 / total)], 1)
 
-    values = torch.zeros(n, dtype=torch.float64, device=rows.factor.device)
+    values = torch.zeros(n, dtype=torch.float64, device=like.device)
     with_grad = first.grad_A is not None
     if with_grad:
-        grad_rows, grad_cols = torch.zeros_like(rows.factor), torch.zeros_like(cols.factor)
+        grads = [work.take(side.name + "grad", side.factor, *side.factor.shape).zero_() for side in sides]
         grad_scale = (2 * scale * weight).to(dtype)[:, None, None]
-    for diagonals in _diagonal_blocks(r, rows.q):
-        gram_rows, gram_cols = rows.gram(diagonals), cols.gram(diagonals)
-        omega = _multiplicity(r, diagonals, rows.factor)[:, None]
-        weighted = gram_cols * past_weight[:, None, :]
-        values += ((weighted * omega).double() * gram_rows.double()).sum((1, 2))
+    for diagonals in _diagonal_blocks(r, sides[0].q):
+        grams = [side.gram(diagonals) for side in sides]
+        of_rows, of_cols = grams if len(sides) == 2 else grams[0].split(n)  # [n, P, Q] each
+        omega = _multiplicity(r, diagonals, like)[:, None]
+        weighted = of_cols * past_weight[:, None, :]
+        values += ((weighted * omega).double() * of_rows.double()).sum((1, 2))
         if with_grad:
-            rows.add_grad_(grad_rows, weighted.mul_(grad_scale), diagonals)
-            cols.add_grad_(grad_cols, gram_rows.mul_(past_weight[:, None, :]).mul_(grad_scale), diagonals)
+            # The gradient of one side has the other side's Gram matrix as its coefficients.
+            coefficients = [weighted.mul_(grad_scale), of_rows * past_weight[:, None, :] * grad_scale]
+            if len(sides) == 1:
+                coefficients = [torch.cat(coefficients)]
+            for side, grad, of_other in zip(sides, grads, coefficients, strict=True):
+                side.add_grad_(grad, of_other, diagonals)
     if with_grad:
+        grad_rows, grad_cols = grads if len(sides) == 2 else grads[0].split(n)
         deliver([layer.grad_B.mT for layer in group], grad_rows.unbind())
         deliver([layer.grad_A for layer in group], grad_cols.unbind())
     return (values * scale).to(dtype)
