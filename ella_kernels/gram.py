@@ -175,7 +175,8 @@ def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list
     Returns:
         One 0-dim value per layer, in the layer's arithmetic dtype.
 
-    Work memory: four tensors of 2¹⁹ elements, a copy of one batch of layers and ``r·k²`` coefficients, whatever the layer's size.
+    Work memory: four tensors of 2¹⁹ elements, a copy of one batch of layers (where it has more than one) and ``r·k²``
+    coefficients, whatever the layer's size.
     """
     work = _Workspace()
     return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight, work))
