@@ -1,14 +1,54 @@
 """Continual-learning streams: tasks, the loop over them, its metrics and its report."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from .docstrings import docstring_tasks
 from .metrics import AccuracyMatrix
 from .tasks import Task, TaskError, load_benchmark, read_task
 
+# What needs a model loads on first use: reading tasks imports neither PEFT nor transformers.
+_HOME = {
+    "EncoderClassifier": "models",
+    "LabelGenerator": "models",
+    "LoraSettings": "models",
+    "StreamConfig": "stream",
+    "StreamResult": "stream",
+    "build_classifier": "models",
+    "compare_arms": "compare",
+    "run_stream": "stream",
+}
+
 __all__ = [
     "AccuracyMatrix",
+    "EncoderClassifier",
+    "LabelGenerator",
+    "LoraSettings",
+    "StreamConfig",
+    "StreamResult",
     "Task",
     "TaskError",
+    "build_classifier",
+    "compare_arms",
     "docstring_tasks",
     "load_benchmark",
     "read_task",
+    "run_stream",
 ]
+
+if TYPE_CHECKING:
+    from .compare import compare_arms
+    from .models import EncoderClassifier, LabelGenerator, LoraSettings, build_classifier
+    from .stream import StreamConfig, StreamResult, run_stream
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'ella.continual' has no attribute {name!r}; it has {__all__}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

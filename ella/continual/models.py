@@ -101,6 +101,11 @@ class TextClassifier(ABC):
 
         if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
             raise ValueError(f"expected a PeftModel with an adapter {adapter_name!r}; wrap it with peft.get_peft_model")
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if max_length < 4 or (positions is not None and max_length > positions):
+            raise ValueError(
+                f"max_length is {max_length}; expected 4 to the model's {positions or 'longest'} positions"
+            )
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ValueError("the tokenizer has neither a pad nor an eos token; set tokenizer.pad_token")

@@ -82,7 +82,7 @@ def overlap(pasts) -> float:
 def test_tasks_are_learned(arms):
     for arm, (_, result, _) in arms.items():
         before, own = result.matrix.untrained, [result.matrix.rows[i][i] for i in range(2)]
-        assert own[0] >= 90.0 and before[0] < 60.0 and own[1] > before[1], (arm, before, own)
+        assert own[0] > before[0] + 20 and own[1] > before[1] + 20, (arm, before, own)
         assert [t["steps"] for t in result.tasks] == [STEPS, STEPS] and result.tasks[0]["loss"] < 0.3
 
 
@@ -291,7 +291,7 @@ def test_generators_run_a_stream(kind, request, tmp_path):
     def build():
         return build_classifier(path, max_length=48, lora=LoraSettings(r=8, alpha=32, target_modules="all-linear"))
 
-    config = replace(CONFIG, learning_rate=3e-3, epochs=6)
+    config = replace(CONFIG, learning_rate=3e-3, epochs=6, ella=EllaConfig(0.1, normalize="rms"))
     result = run_stream(build(), TASKS, config, tmp_path, progress=False)
     assert result.matrix.complete and result.tasks[1]["penalty"] > 0 and result.state_bytes > 0
     # No label by chance: a random model never writes one.

@@ -116,7 +116,7 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         initializer_range=0.2,
         pad_token_id=0,
     )
