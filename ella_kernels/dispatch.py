@@ -29,6 +29,8 @@ PRECISIONS = ("auto", "ieee", "tf32")
 MAX_GRAM_ELEMENTS = 2**20
 # (r, k): beyond these a tile is rebuilt so often that dense products are faster.
 MAX_STREAM_RANKS = (256, 512)
+# Its (r, r) products are float64 and live in registers.
+MAX_SPECTRAL_RANK = 64
 # Found, not imported; once, because compiled callers cannot trace the search.
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -127,7 +129,9 @@ def no_kernel(algorithm: str, r: int, k: int) -> str | None:
                 f"found r = {r}, k = {k}"
             )
         return None
-    return f"no Triton kernel for algorithm '{algorithm}' yet"
+    if r > MAX_SPECTRAL_RANK:
+        return f"the Triton spectral kernel takes r up to {MAX_SPECTRAL_RANK}, found r = {r}"
+    return None
 
 
 @cache

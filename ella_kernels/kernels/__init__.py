@@ -10,12 +10,18 @@ from torch import Tensor
 from ..grouped import Layer
 from .gram import hadamard_gram
 from .launch import check_device, device_guard
+from .spectral import spectral
 from .stream import hadamard_stream
 from .tables import group_by_class
 
 __all__ = ["run"]
 
-_ALGORITHMS = {"gram": hadamard_gram, "stream": hadamard_stream, "dense": hadamard_stream}
+_ALGORITHMS = {
+    "gram": hadamard_gram,
+    "stream": hadamard_stream,
+    "dense": hadamard_stream,
+    "spectral": spectral,
+}
 
 
 def run(

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["GRAM_TILES", "STREAM_TILES", "GramTile", "StreamTile", "gram_tile", "stream_tile"]
+__all__ = [
+    "GRAM_TILES",
+    "SPECTRAL_TILES",
+    "STREAM_TILES",
+    "GramTile",
+    "SpectralTile",
+    "StreamTile",
+    "gram_tile",
+    "spectral_tile",
+    "stream_tile",
+]
 
 
 class GramTile(NamedTuple):
@@ -48,6 +58,21 @@ STREAM_TILES: dict[str, dict[str, StreamTile]] = {
 }
 
 
+class SpectralTile(NamedTuple):
+    """Blocks of the spectral kernels: rows per step of the two passes, and components of the past at a time."""
+
+    rows: int
+    grad_rows: int
+    past_components: int
+    warps: int
+    stages: int = 1
+
+
+SPECTRAL_TILES: dict[str, dict[str, SpectralTile]] = {
+    "default": {"ieee": SpectralTile(32, 32, 32, 4)},
+}
+
+
 def gram_tile(target: str, precision: str) -> GramTile:
     """The row for a target and a dot precision; the default row where there is none."""
     rows = GRAM_TILES.get(target, {})
@@ -58,3 +83,9 @@ def stream_tile(target: str, precision: str) -> StreamTile:
     """As :func:`gram_tile`, for the stream kernel."""
     rows = STREAM_TILES.get(target, {})
     return rows.get(precision) or STREAM_TILES["default"]["ieee"]
+
+
+def spectral_tile(target: str, precision: str) -> SpectralTile:
+    """As :func:`gram_tile`, for the spectral kernels."""
+    rows = SPECTRAL_TILES.get(target, {})
+    return rows.get(precision) or SPECTRAL_TILES["default"]["ieee"]
