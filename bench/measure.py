@@ -98,7 +98,7 @@ def interleave(
     Args:
         candidates: for each name the same call on rotated operands; call ``i`` uses operand set ``i mod n``.
         device: "cpu" (wall clock) or "cuda" (events).
-        budget: seconds for the whole case, after one warm-up and one estimating call each.
+        budget: seconds for the whole case, after a warm-up and an estimating call each (one call where it is long).
         rounds: fewest and most rounds; the fewest are run even over budget.
         sample: a candidate is repeated within a round until it lasts about this long.
 
@@ -106,9 +106,9 @@ def interleave(
         Seconds per call of each candidate, one entry per round.
     """
     timer = _time_cuda if device == "cuda" else _time_cpu
-    for calls in candidates.values():
-        calls[0]()
-    seconds = {name: timer(calls, 1, 1) for name, calls in candidates.items()}
+    seconds = {name: timer(calls, 0, 1) for name, calls in candidates.items()}
+    # The first call of a short candidate says little; a long one is not worth repeating.
+    seconds |= {name: timer(candidates[name], 1, 1) for name, t in seconds.items() if t < 0.5}
     repeats = {name: max(1, min(200, round(sample / max(t, 1e-7)))) for name, t in seconds.items()}
     cost = sum(repeats[name] * t for name, t in seconds.items())
     n_rounds = max(rounds[0], min(rounds[1], int(budget / max(cost, 1e-9))))
