@@ -1,4 +1,4 @@
-"""The README's performance section, generated from committed results: ``python -m bench.readme [--check]``.
+"""The README's generated sections, from committed results: ``python -m bench.readme [--check]``.
 
 CPU numbers from ``bench/results/cpu.json`` (``make bench`` writes it to bench_out), GPU numbers from the newest
 ``bench/results/gpu_*.json``. Nothing is typed by hand between the markers; a test fails when they differ.
@@ -12,16 +12,19 @@ from pathlib import Path
 
 from ella.atomic import write_text_atomically
 
+from . import continual
 from .headline import MARKS, MODES, best_row
 from .providers import BASELINE
 from .tables import bytes_text, load, machine_text, ratio_text, seconds_text, table
 
-__all__ = ["END", "START", "main", "replace_section", "section"]
+__all__ = ["END", "START", "main", "refreshed", "replace_section", "section"]
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parents[1] / "README.md"
 AUTO = "ours auto, torch"
+# Ways shown for a training step; report.md has all of them.
+STEP_WAYS = ("no penalty", BASELINE, "dense compiled", "ours added to .grad")
 
 
 def section(cpu: dict | None, gpu: dict | None) -> str:
@@ -119,7 +122,7 @@ def _steps(rows: Sequence[dict]) -> list[str]:
     lines = []
     for row in _find(rows, bench="step"):
         extra = row["extra"]
-        if row["median"] is None:
+        if row["median"] is None or row["provider"] not in STEP_WAYS:
             continue
         share = f"{100 * extra['share']:.1f}%" if "share" in extra else "–"
         alone = seconds_text(extra.get("penalty_seconds"))
@@ -171,12 +174,18 @@ def _gpu(rows: Sequence[dict]) -> list[str]:
     return table(("case", "way", "median", "ratio", "error", "peak"), lines)
 
 
-def replace_section(readme: str, text: str) -> str:
+def replace_section(readme: str, text: str, start: str = START, end: str = END) -> str:
     """``readme`` with ``text`` between the markers; ValueError unless each marker stands there once, in order."""
-    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
-        raise ValueError(f"README.md must hold {START} and, after it, {END} exactly once")
-    head, rest = readme.split(START)
-    return f"{head}{START}\n{text}{END}{rest.split(END)[1]}"
+    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
+        raise ValueError(f"README.md must hold {start} and, after it, {end} exactly once")
+    head, rest = readme.split(start)
+    return f"{head}{start}\n{text}{end}{rest.split(end)[1]}"
+
+
+def refreshed(readme: str) -> str:
+    """``readme`` with every generated section made anew from the committed results."""
+    readme = replace_section(readme, section(*committed()))
+    return replace_section(readme, continual.section(RESULTS), continual.START, continual.END)
 
 
 def committed() -> tuple[dict | None, dict | None]:
@@ -189,7 +198,7 @@ def committed() -> tuple[dict | None, dict | None]:
 
 def main(arguments: Sequence[str]) -> int:
     old = README.read_text(encoding="utf-8")
-    new = replace_section(old, section(*committed()))
+    new = refreshed(old)
     if "--check" in arguments:
         print("README.md agrees with bench/results" if old == new else "README.md differs; run: make bench-readme")
         return int(old != new)
