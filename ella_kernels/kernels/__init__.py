@@ -10,7 +10,7 @@ from torch import Tensor
 from ..grouped import Layer
 from .gram import hadamard_gram
 from .launch import check_device, device_guard
-from .spectral import spectral
+from .spectral import projected_norm
 from .stream import hadamard_stream
 from .tables import group_by_class
 
@@ -20,7 +20,7 @@ _ALGORITHMS = {
     "gram": hadamard_gram,
     "stream": hadamard_stream,
     "dense": hadamard_stream,
-    "spectral": spectral,
+    "spectral": projected_norm,
 }
 
 

@@ -17,7 +17,7 @@ from .plans import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
 from .tiles import GramTile, gram_tile
 
-__all__ = ["hadamard_gram"]
+__all__ = ["compiled_constants", "gram_shape", "hadamard_gram"]
 
 _REDUCE_BLOCK = 1024
 
@@ -74,6 +74,20 @@ def gram_shape(r: int, k: int, energy: bool, tile: GramTile) -> Shape:
     )  # fmt: skip
 
 
+def compiled_constants(shape: Shape) -> list[tuple[str, dict, int]]:
+    """Name, compile-time sizes and warps of the three kernels, in launch order."""
+    sizes = {"R": shape.r, "K": shape.k, "ENERGY": int(shape.energy)}
+    blocks = sizes | {"BM": shape.rows, "TP": shape.tile_pairs, "TQ": shape.tile_past}
+    reduce = sizes | {"BLOCK": _REDUCE_BLOCK}
+    factors = sizes | {"BM": shape.grad_rows, "TQ": shape.grad_past, "RA": shape.grad_first, "RB": shape.grad_second}
+    factors |= {"SLICES": _next_power(shape.n_slices, 1), "WEIGHT_IS_TENSOR": True}
+    return [
+        ("gram_fwd_kernel_blocks", blocks, shape.warps),
+        ("gram_fwd_kernel_reduce", reduce, 4),
+        ("gram_bwd_kernel_factors", factors, shape.grad_warps),
+    ]
+
+
 def hadamard_gram(
     layers: Sequence[Layer], weight: Tensor | float, precision: str, values: Tensor, positions: Sequence[int]
 ) -> None:
@@ -102,14 +116,15 @@ def _run_plan(
     blocks = torch.empty(plan.n_slots * shape.elements, dtype=dtype, device=device)
     totals = torch.empty(plan.n_slots if shape.energy else 1, dtype=dtype, device=device)
     partials = torch.empty(plan.n_layers * shape.n_slices, dtype=torch.float64, device=device)
-    sizes = {"R": shape.r, "K": shape.k, "ENERGY": int(shape.energy), "ACC": acc}
+    (_, for_blocks, warps), (_, for_reduce, reduce_warps), (_, for_factors, grad_warps) = compiled_constants(shape)
+    for_factors["WEIGHT_IS_TENSOR"] = isinstance(weight, Tensor)
+    common = {"ACC": acc, "PRECISION": precision, "num_stages": shape.stages}
     for launch in plan.launches:
         kernels.gram_fwd_kernel_blocks[(launch.n_blocks,)](
-            plan.sides, launch.blocks, blocks, totals, **sizes, **launch.constants, PRECISION=precision, BM=shape.rows,
-            TP=shape.tile_pairs, TQ=shape.tile_past, num_warps=shape.warps, num_stages=shape.stages,
-        )  # fmt: skip
+            plan.sides, launch.blocks, blocks, totals, **for_blocks, **launch.constants, **common, num_warps=warps
+        )
     kernels.gram_fwd_kernel_reduce[(plan.n_layers, shape.n_slices)](
-        plan.layers, blocks, totals, partials, **sizes, BLOCK=_REDUCE_BLOCK, num_warps=4
+        plan.layers, blocks, totals, partials, **for_reduce, ACC=acc, num_warps=reduce_warps
     )
     for i, launch in enumerate(plan.launches):
         # The first launch of a plan also finishes the values.
@@ -118,8 +133,5 @@ def _run_plan(
             continue
         kernels.gram_bwd_kernel_factors[(n_layers + launch.n_grads,)](
             plan.layers, plan.sides, launch.grads, blocks, partials, values, *weight_arguments(weight, values),
-            grad_base, n_layers, shape.n_slices, **sizes, **launch.constants, PRECISION=precision,
-            WEIGHT_IS_TENSOR=isinstance(weight, Tensor), BM=shape.grad_rows, TQ=shape.grad_past, RA=shape.grad_first,
-            RB=shape.grad_second, SLICES=_next_power(shape.n_slices, 1), num_warps=shape.grad_warps,
-            num_stages=shape.stages,
+            grad_base, n_layers, shape.n_slices, **for_factors, **launch.constants, **common, num_warps=grad_warps,
         )  # fmt: skip

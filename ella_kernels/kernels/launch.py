@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ..dispatch import device_key, interpreted
 
-__all__ = ["TL_DTYPES", "check_device", "device_guard", "dot_precision", "multiprocessors", "weight_arguments"]
+__all__ = [
+    "TL_DTYPES",
+    "check_device",
+    "device_guard",
+    "dot_precision",
+    "multiprocessors",
+    "target_precision",
+    "weight_arguments",
+]
 
 TL_DTYPES = {
     torch.float32: tl.float32,
@@ -51,17 +59,20 @@ def multiprocessors(device: torch.device) -> int:
     return _properties(device.index).multi_processor_count
 
 
-def dot_precision(precision: str, dtype: torch.dtype, device: torch.device) -> str:
-    """``input_precision`` of the kernels' dots.
+def target_precision(precision: str, target: str) -> str:
+    """``input_precision`` of the kernels' fp32 dots on a target such as "sm_90" or "gfx942".
 
     "auto" is three tf32 products per product (error near fp32's) where tensor cores have tf32, else exact fp32: the
     gram form cancels once training has driven the overlap down, and plain tf32 would then be off by a per cent.
-    float64 is always exact.
     """
-    key = device_key(device)
-    if dtype == torch.float64 or not key.startswith("sm_") or int(key[3:]) < 80:
+    if not target.startswith("sm_") or int(target[3:]) < 80:
         return "ieee"
     return {"auto": "tf32x3", "tf32": "tf32", "ieee": "ieee"}[precision]
+
+
+def dot_precision(precision: str, dtype: torch.dtype, device: torch.device) -> str:
+    """:func:`target_precision` of a device; float64 is always exact."""
+    return "ieee" if dtype == torch.float64 else target_precision(precision, device_key(device))
 
 
 def weight_arguments(weight: Tensor | float, like: Tensor) -> tuple[Tensor, float]:

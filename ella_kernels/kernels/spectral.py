@@ -16,7 +16,7 @@ from .plans import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
 from .tiles import SpectralTile, spectral_tile
 
-__all__ = ["spectral", "spectral_constants"]
+__all__ = ["projected_norm", "spectral_constants"]
 
 
 def spectral_constants(r: int, k: int, tile: SpectralTile) -> dict:
@@ -29,7 +29,7 @@ def spectral_constants(r: int, k: int, tile: SpectralTile) -> dict:
     }
 
 
-def spectral(
+def projected_norm(
     layers: Sequence[Layer], weight: Tensor | float, precision: str, values: Tensor, positions: Sequence[int]
 ) -> None:
     """Spectral penalty of layers of one class; arguments as :func:`gram.hadamard_gram`. Energies do not enter."""

@@ -37,8 +37,22 @@ class GramTile(NamedTuple):
     stages: int = 1
 
 
+# The default row must compile without spills where registers are scarcest: it is checked as sm_80.
+_GRAM_IEEE = GramTile(32, 64, 64, 4, 32, 64, 32, 4)
+_GRAM_WGMMA = {
+    "tf32x3": GramTile(32, 64, 64, 4, 64, 64, 64, 4),
+    "tf32": GramTile(32, 64, 64, 4, 64, 64, 64, 4),
+    "ieee": _GRAM_IEEE,
+}
 GRAM_TILES: dict[str, dict[str, GramTile]] = {
-    "default": {"ieee": GramTile(16, 64, 64, 8, 32, 64, 32, 4)},
+    "default": {
+        "tf32x3": GramTile(16, 64, 64, 8, 32, 64, 32, 4),
+        "tf32": GramTile(32, 64, 64, 8, 32, 64, 32, 4),
+        "ieee": _GRAM_IEEE,
+    },
+    "sm_90": _GRAM_WGMMA,
+    "sm_100": _GRAM_WGMMA,
+    "gfx942": {"ieee": GramTile(32, 64, 64, 4, 64, 64, 32, 4)},
 }
 
 
@@ -53,8 +67,14 @@ class StreamTile(NamedTuple):
     stages: int = 1
 
 
+_STREAM = {
+    "tf32x3": StreamTile(64, 32, 64, 32, 4),
+    "tf32": StreamTile(64, 64, 64, 32, 4),
+    "ieee": StreamTile(32, 32, 64, 16, 4),
+}
 STREAM_TILES: dict[str, dict[str, StreamTile]] = {
-    "default": {"ieee": StreamTile(32, 64, 64, 32, 4)},
+    "default": _STREAM,
+    "gfx942": {"ieee": StreamTile(64, 64, 64, 32, 4)},
 }
 
 
@@ -68,24 +88,26 @@ class SpectralTile(NamedTuple):
     stages: int = 1
 
 
+_SPECTRAL = {
+    "tf32x3": SpectralTile(64, 64, 32, 4),
+    "tf32": SpectralTile(64, 64, 32, 4),
+    "ieee": SpectralTile(64, 32, 32, 4),
+}
 SPECTRAL_TILES: dict[str, dict[str, SpectralTile]] = {
-    "default": {"ieee": SpectralTile(32, 32, 32, 4)},
+    "default": _SPECTRAL,
 }
 
 
 def gram_tile(target: str, precision: str) -> GramTile:
     """The row for a target and a dot precision; the default row where there is none."""
-    rows = GRAM_TILES.get(target, {})
-    return rows.get(precision) or GRAM_TILES["default"]["ieee"]
+    return (GRAM_TILES["default"] | GRAM_TILES.get(target, {}))[precision]
 
 
 def stream_tile(target: str, precision: str) -> StreamTile:
     """As :func:`gram_tile`, for the stream kernel."""
-    rows = STREAM_TILES.get(target, {})
-    return rows.get(precision) or STREAM_TILES["default"]["ieee"]
+    return (STREAM_TILES["default"] | STREAM_TILES.get(target, {}))[precision]
 
 
 def spectral_tile(target: str, precision: str) -> SpectralTile:
     """As :func:`gram_tile`, for the spectral kernels."""
-    rows = SPECTRAL_TILES.get(target, {})
-    return rows.get(precision) or SPECTRAL_TILES["default"]["ieee"]
+    return (SPECTRAL_TILES["default"] | SPECTRAL_TILES.get(target, {}))[precision]

@@ -1,0 +1,221 @@
+"""Registers, spills, shared memory and matrix instruction of every kernel; compiled without the GPU it is for.
+
+    python -m ella_kernels.resources                     # a Markdown table
+    python -m ella_kernels.resources --target sm_90 --json
+
+Numbers come from the compiler: the cubin's resource usage for NVIDIA, the assembly's metadata for AMD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .dispatch import interpreted
+
+__all__ = ["SHARED_LIMITS", "TARGETS", "Resources", "Unit", "compile_unit", "markdown", "units"]
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory one program may ask for, by the vendors' documentation.
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+PRECISIONS = ("auto", "tf32", "ieee")
+
+
+class Unit(NamedTuple):
+    """One compilation: a kernel, its constants, and how it is launched."""
+
+    name: str
+    problem: str
+    target: str
+    precision: str
+    kernel: object
+    constants: dict
+    warps: int
+    stages: int
+
+
+class Resources(NamedTuple):
+    """What the compiler says. ``spills``: bytes of stack per thread on NVIDIA, spilled vector registers on AMD."""
+
+    kernel: str
+    problem: str
+    target: str
+    precision: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    instruction: str
+
+
+def units(target: str) -> Iterator[Unit]:
+    """Every kernel with every row of the tile tables for ``target``, on the problems the tables were made for."""
+    import triton.language as tl
+
+    from .kernels import gram, gram_kernels, spectral, spectral_kernels, stream, stream_kernels, tiles
+
+    side = {name: tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE", "GRAD")} | {"ALIGNED": True}
+    other = {f"{name}_2": tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE")}
+    acc = {"ACC": tl.float32}
+    seen = set()
+    for precision in PRECISIONS:
+        dot = _dot_precision(precision, target)
+        if dot in seen:
+            continue
+        seen.add(dot)
+        common = side | acc | {"PRECISION": dot}
+        for r, k, energy in ((8, 8, False), (8, 16, True)):
+            problem = f"r {r}, k {k}" + (", energy" if energy else "")
+            shape = gram.gram_shape(r, k, energy, tiles.gram_tile(target, dot))
+            for name, constants, warps in gram.compiled_constants(shape):
+                kernel = getattr(gram_kernels, name)
+                yield Unit(name, problem, target, dot, kernel, common | constants, warps, shape.stages)
+        for r, k, stored in ((8, 120, False), (8, 0, True)):
+            tile = tiles.stream_tile(target, dot)
+            constants = common | other | stream.stream_constants(r, k, tile)
+            constants |= {"STORED": stored, "ENERGY": False, "WITH_GRAD": True, "WEIGHT_IS_TENSOR": True}
+            for which, order in (
+                ("rows", {"IS_ROWS": True, "LAST": True}),
+                ("cols", {"IS_ROWS": False, "LAST": False}),
+            ):
+                yield Unit(
+                    "stream_kernel_factors", f"r {r}, " + ("stored" if stored else f"k {k}") + f", {which}", target,
+                    dot, stream_kernels.stream_kernel_factors, constants | order, tile.warps, tile.stages,
+                )  # fmt: skip
+        tile = tiles.spectral_tile(target, dot)
+        sizes = spectral.spectral_constants(8, 8, tile)
+        for name, constants in (
+            ("spectral_fwd_kernel_blocks", sizes | {"BM": tile.rows} | _exact_sums(precision)),
+            ("spectral_bwd_kernel_factors", sizes | {"BM": tile.grad_rows, "WEIGHT_IS_TENSOR": True, "SLICES": 1}),
+            ("spectral_fwd_kernel_reduce", sizes),
+        ):
+            kernel = getattr(spectral_kernels, name)
+            yield Unit(name, "r 8, k 8", target, dot, kernel, common | constants, tile.warps, tile.stages)
+    yield Unit(
+        "stream_kernel_values", "", target, "float64", stream_kernels.stream_kernel_values, acc | {"BLOCK": 128}, 1, 1
+    )  # fmt: skip
+
+
+def _exact_sums(precision: str) -> dict:
+    import triton.language as tl
+
+    return {} if precision == "tf32" else {"ACC": tl.float64, "PRECISION": "ieee"}
+
+
+def _dot_precision(precision: str, target: str) -> str:
+    from .kernels.launch import target_precision
+
+    return target_precision(precision, target)
+
+
+def _signature(unit: Unit) -> tuple[dict, dict]:
+    pointers = {"p_sides": "*i64", "p_items": "*i64", "p_layers": "*i64", "p_partials": "*fp64", "p_weight": "*fp64"}
+    scalars = {"weight": "fp64", "grad_base": "i64", "n_layers": "i32", "n_slices": "i32"}
+    wide = {"p_blocks", "p_totals"} if "fp64" in str(unit.constants.get("ACC")) else set()
+    if unit.name == "spectral_fwd_kernel_reduce":
+        wide = {"p_blocks"}
+    signature, constants = {}, {}
+    for i, name in enumerate(unit.kernel.arg_names):
+        if name in unit.constants:
+            signature[name], constants[(i,)] = "constexpr", unit.constants[name]
+        else:
+            signature[name] = pointers.get(name) or scalars.get(name) or ("*fp64" if name in wide else "*fp32")
+    return signature, constants
+
+
+def compile_unit(unit: Unit) -> Resources:
+    """Compile for the unit's target and read what it takes.
+
+    Raises:
+        RuntimeError: under ``TRITON_INTERPRET=1``, where there is nothing to compile.
+    """
+    if interpreted():
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants = _signature(unit)
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(unit.kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    nvidia = unit.target.startswith("sm_")
+    target = GPUTarget("cuda", int(unit.target[3:]), 32) if nvidia else GPUTarget("hip", unit.target, 64)
+    compiled = triton.compile(
+        ASTSource(unit.kernel, signature, constexprs=constants, attrs=aligned),
+        target=target,
+        options={"num_warps": unit.warps, "num_stages": unit.stages},
+    )
+    registers, spills, instruction = _nvidia(compiled) if nvidia else _amd(compiled)
+    return Resources(
+        unit.name, unit.problem, unit.target, unit.precision, unit.warps, registers, spills,
+        compiled.metadata.shared, instruction,
+    )  # fmt: skip
+
+
+def _first(text: str, patterns: tuple[str, ...]) -> str:
+    return next((name for name in patterns if name in text), "none")
+
+
+def _nvidia(compiled) -> tuple[int, int, str]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    ptx = compiled.asm["ptx"]
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], _first(ptx, ("tcgen05.mma", "wgmma", "mma.sync", "fma.rn"))
+
+
+def _amd(compiled) -> tuple[int, int, str]:
+    assembly = compiled.asm["amdgcn"]
+    usage = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", assembly)}
+    return usage["vgpr_count"], usage["vgpr_spill_count"], _first(assembly, ("v_mfma", "v_fma"))
+
+
+def markdown(rows: list[Resources]) -> str:
+    """The table as Markdown."""
+    lines = [
+        "| kernel | problem | target | products | warps | registers | spills | shared memory | instruction |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shared = f"{row.shared / 1024:.1f} KB"
+        lines.append(
+            f"| `{row.kernel}` | {row.problem} | {row.target} | {row.precision} | {row.warps} | {row.registers} | "
+            f"{row.spills} | {shared} | {row.instruction} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ella_kernels.resources", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="compile for this target only; repeatable")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument("--output", type=Path, help="write to this file instead of printing")
+    arguments = parser.parse_args()
+    rows = [compile_unit(unit) for target in arguments.target or TARGETS for unit in units(target)]
+    text = json.dumps([row._asdict() for row in rows], indent=1) + "\n" if arguments.json else markdown(rows)
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Every kernel with every row of the tile tables, compiled for GPUs that are not here, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ella_kernels.kernels import tiles
+from ella_kernels.resources import SHARED_LIMITS, TARGETS, Resources, compile_unit, markdown
+
+# Kernels whose work is a large dot in fp32; the others sum, or multiply in float64.
+MATRIX_KERNELS = {"gram_fwd_kernel_blocks", "gram_bwd_kernel_factors", "stream_kernel_factors"}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    # A process of its own: this one has decorated the kernels for the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ella_kernels.resources", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [Resources(**row) for row in json.loads(done.stdout)]
+
+
+def test_all_kernels_are_compiled_for_all_targets(compiled):
+    from ella_kernels.kernels import gram_kernels, spectral_kernels, stream_kernels
+
+    names = {*gram_kernels.__all__, *spectral_kernels.__all__, *stream_kernels.__all__}
+    for target in TARGETS:
+        rows = [row for row in compiled if row.target == target]
+        assert {row.kernel for row in rows} == names
+        products = {row.precision for row in rows if row.kernel in MATRIX_KERNELS}
+        assert products == ({"ieee"} if target == "gfx942" else {"tf32x3", "tf32", "ieee"})
+
+
+def test_nothing_spills_on_sm_90(compiled):
+    rows = [row for row in compiled if row.target == "sm_90"]
+    assert rows and [row for row in rows if row.spills] == []
+
+
+def test_matrix_kernels_spill_nowhere(compiled):
+    rows = [row for row in compiled if row.kernel in MATRIX_KERNELS]
+    assert rows and [row for row in rows if row.spills] == []
+
+
+def test_shared_memory_fits_every_chip(compiled):
+    assert [row for row in compiled if row.shared > SHARED_LIMITS[row.target]] == []
+    # sm_80 stands for the default row, which consumer chips with 99 KB use too.
+    assert max(row.shared for row in compiled if row.target == "sm_80") <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    "target, instruction", [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")]
+)
+def test_matrix_units_are_used(compiled, target, instruction):
+    rows = [row for row in compiled if row.target == target and row.kernel in MATRIX_KERNELS]
+    on_units = [row for row in rows if row.precision != "ieee" or target == "gfx942"]
+    assert on_units and [row for row in on_units if row.instruction != instruction] == []
+    # Exact fp32 has no matrix instruction on NVIDIA: it must not silently become tf32.
+    exact = [row for row in rows if row.precision == "ieee" and target != "gfx942"]
+    assert [row for row in exact if row.instruction != "fma.rn"] == []
+
+
+def test_every_precision_has_a_tile_on_every_device():
+    for precision in ("tf32x3", "tf32", "ieee"):
+        for target in (*TARGETS, "sm_75", "sm_120", "gfx1100", "cpu"):
+            assert tiles.gram_tile(target, precision) and tiles.stream_tile(target, precision)
+            assert tiles.spectral_tile(target, precision)
+
+
+def test_compiling_under_the_interpreter_is_refused():
+    with pytest.raises(RuntimeError, match="cannot be compiled under TRITON_INTERPRET=1"):
+        compile_unit(None)
+
+
+def test_markdown_has_a_row_each():
+    row = Resources("k", "r 8", "sm_90", "tf32", 4, 128, 0, 2048, "wgmma")
+    assert markdown([row]).splitlines()[2] == "| `k` | r 8 | sm_90 | tf32 | 4 | 128 | 0 | 2.0 KB | wgmma |"
