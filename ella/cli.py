@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # PEFT's call of an older transformers name: nothing that a user of the command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 

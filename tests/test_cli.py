@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -308,6 +309,22 @@ def test_fold_refuses(cli, adapters, tmp_path):
 def test_wrong_usage_is_two(cli, arguments, message):
     status, out, err = cli(*arguments)
     assert (status, out) == (2, "") and message in err and "usage: ella" in err
+
+
+def test_deprecations_inside_libraries_are_not_shown():
+    from argparse import Namespace
+
+    from ella.cli import _prepare
+
+    def heard(category, module):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _prepare(Namespace(threads=None))
+            warnings.warn_explicit("old name", category, "f.py", 1, module=module)
+        return len(caught)
+
+    assert heard(FutureWarning, "transformers.modeling_utils") == 0
+    assert heard(UserWarning, "transformers.modeling_utils") == heard(FutureWarning, "ella.past") == 1
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("fold", "-h")])
