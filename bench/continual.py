@@ -60,6 +60,6 @@ def _costs(arms: dict) -> Sequence[str]:
     nearer = 100 * (1 - ella["mean"]["BWT"] / fresh["mean"]["BWT"])
     return [
         f"ELLA's mean backward transfer is {nearer:.0f} % nearer to zero than the fresh arm's. The penalty takes "
-        f"{100 * ella['penalty_share']:.1f} % of a {ella['step_milliseconds']:.0f} ms step; its past takes "
+        f"{100 * ella['penalty_share']:.1f} % of a training step; its past takes "
         f"{ella['state_bytes'] / 2**20:.1f} MiB, as dense float32 matrices {ella['dense_bytes'] / 2**20:.1f} MiB."
     ]
