@@ -49,8 +49,16 @@ class Cost(NamedTuple):
     tile: float
 
 
-# Measured crossovers of value and gradients, see bench/NOTES.md; a device not listed takes the default row.
-COSTS = {"cpu": Cost(gram=1.35, pair=16.0, tile=60.0), "default": Cost(gram=1.0, pair=8.0, tile=16.0)}
+# "cpu" is measured. The GPU rows are derived from counted operations and published rates per multiprocessor, not yet
+# measured on a GPU; both are in bench/NOTES.md. A device not listed takes the default row.
+COSTS = {
+    "cpu": Cost(gram=1.35, pair=16.0, tile=60.0),
+    "sm_80": Cost(gram=2.5, pair=11.0, tile=16.0),
+    "sm_90": Cost(gram=2.5, pair=21.0, tile=16.0),
+    "sm_100": Cost(gram=2.5, pair=43.0, tile=32.0),
+    "gfx942": Cost(gram=2.5, pair=16.0, tile=12.0),
+    "default": Cost(gram=1.0, pair=8.0, tile=16.0),
+}
 
 
 def gram_cost(out: int, in_: int, r: int, k: int, cost: Cost) -> float:

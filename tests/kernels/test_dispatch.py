@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -24,6 +26,33 @@ from ella_kernels import dispatch
 )
 def test_cpu_choice_follows_the_measured_crossovers(out, in_, r, k, expected):
     assert ek.select_algorithm(out, in_, r, k, "cpu") == expected
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_gpu_choice_follows_the_counted_operations(device):
+    assert ek.select_algorithm(4096, 4096, 8, 8, device) == "gram"
+    assert ek.select_algorithm(1024, 4096, 8, 16, device) == "gram"
+    assert ek.select_algorithm(4096, 4096, 8, 120, device) == "stream"
+    assert ek.select_algorithm(4096, 4096, 64, 64, device) == "stream"
+
+
+def test_kernels_say_which_ranks_they_take():
+    """All r·k ≤ 256 fit gram; stream takes what auto gives it up to its own limits."""
+    for r in range(1, 257):
+        assert dispatch.no_kernel("gram", r, 256 // r) is None
+    assert "Gram elements" in dispatch.no_kernel("gram", 64, 64)
+    assert dispatch.no_kernel("stream", 256, 512) is None and dispatch.no_kernel("dense", 256, 0) is None
+    assert "r up to 256 and k up to 512" in dispatch.no_kernel("stream", 8, 513)
+    assert "r up to 64" in dispatch.no_kernel("spectral", 65, 8)
+
+
+def test_a_fallback_is_said_once():
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="found r = 65; computing it with torch"):
+        dispatch.warn_once("found r = 65")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.warn_once("found r = 65")
 
 
 def test_choice_is_monotonic_in_the_past_rank():

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ella_kernels as ek
-from ella_kernels import functional, ops
+from ella_kernels import dispatch, functional, ops
 from ella_kernels.kernels import gram_kernels, plans, tables
 from tests.kernels.cases import BOUND, SHAPES, cast, exact, factors, relative_error
 
@@ -368,6 +368,15 @@ def test_ranks_beyond_the_kernels_are_refused_or_fall_back():
     a, b, past = factors(8, 9, 64, 64)
     with pytest.raises(ValueError, match=r"layer 0: the Triton gram kernel takes up to .* use backend='auto'"):
         ek.hadamard_penalty(a, b, past, algorithm="gram", backend="triton")
+    # What "auto" resolves to on a GPU: kernels where there are any, torch for the rest, in one call.
+    small = factors(40, 56, 3, 5)
+    operands = functional._operands([a, small[0]], [b, small[1]], [past, small[2]], [1.0, 1.0], "gram")
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="computing it with torch"):
+        values, grads_A, _ = ops.penalty(*operands, True, "auto", "auto")
+    for i, case in enumerate(((a, b, past), small)):
+        value, grad_a, _ = exact(*case, 1.0)
+        check((values[i], grads_A[i]), (value, grad_a), BOUND[torch.float32])
 
 
 def test_gpu_tensors_are_refused_under_the_interpreter():

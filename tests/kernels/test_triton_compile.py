@@ -1,4 +1,4 @@
-"""Every kernel with every row of the tile tables, compiled for GPUs that are not here, and what the compiler says of it."""
+"""Every kernel with every row of the tile tables, compiled for GPUs that are not here: what the compiler says of it."""
 
 from __future__ import annotations
 
