@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    # Where bitsandbytes is installed, importing PEFT makes it report an optional CPU kernel as missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return arguments.command(arguments) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -116,9 +119,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     # PEFT's call of an older transformers name: nothing that a user of the command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if arguments.threads:
