@@ -85,8 +85,7 @@ class EllaRegularizer:
         Under gradient accumulation add it once per optimizer step, not per micro-batch, or use
         :meth:`add_gradient_`.
         """
-        values = self._call(lambda terms, a, b, group: group(a, b, [t.past for t in terms], [t.scaling for t in terms]))
-        return values.sum() * self._weight()
+        return self._call(self._evaluate).sum() * self._weight()
 
     @torch.no_grad()
     def add_gradient_(self, scale: float | Tensor = 1.0) -> Tensor:
@@ -98,7 +97,7 @@ class EllaRegularizer:
         weight = self._weight() * scale
         grads = {i: self._gradients(self.layers[i]) for i in self._penalised}
 
-        def add(terms: list[_Term], a: list[Tensor], b: list[Tensor], _: Callable) -> Tensor:
+        def add(terms: list[_Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
             into = [grads[t.layer][t.part] for t in terms]
             add_ = ek.add_spectral_grad_ if self.config.penalty == "spectral" else ek.add_hadamard_grad_
             pasts, scalings = [t.past for t in terms], [t.scaling for t in terms]
@@ -110,20 +109,22 @@ class EllaRegularizer:
     def values(self) -> dict[str, float]:
         """Raw ``P`` per layer, without λ and reduction; an expert layer is the sum over its experts."""
         found = {self.layers[i].name: 0.0 for i in self._penalised}
-        values = self._call(lambda terms, a, b, group: group(a, b, [t.past for t in terms], [t.scaling for t in terms]))
-        for term, value in zip(self._current_terms(), values.tolist(), strict=True):
+        for term, value in zip(self._current_terms(), self._call(self._evaluate).tolist(), strict=True):
             found[self.layers[term.layer].name] += value
         return found
 
     def _weight(self) -> float:
         return self.config.ella_lambda / (len(self._penalised) if self.config.reduction == "mean" else 1)
 
-    def _call(self, compute: Callable) -> Tensor:
+    def _evaluate(self, terms: list[_Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
+        grouped = ek.spectral_penalty_grouped if self.config.penalty == "spectral" else ek.hadamard_penalty_grouped
+        return grouped(a, b, [t.past for t in terms], [t.scaling for t in terms])
+
+    def _call(self, compute: Callable[[list[_Term], list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Values of all terms, in their order; ``compute`` is called once per device the layers are on."""
         for layer in self.layers:
             if layer.kind in ("attention", "experts") and self.config.keep_past == "adapter":
                 activate_past(layer)
-        group = ek.spectral_penalty_grouped if self.config.penalty == "spectral" else ek.hadamard_penalty_grouped
         terms = self._current_terms()
         factors = {i: self.layers[i].factors(*self.layers[i].parameters()) for i in self._penalised}
         pairs = [factors[t.layer][t.part] for t in terms]
@@ -133,7 +134,7 @@ class EllaRegularizer:
         found: dict[int, Tensor] = {}
         for indices in by_device.values():
             chosen = [pairs[i] for i in indices]
-            values = compute([terms[i] for i in indices], [p[0] for p in chosen], [p[1] for p in chosen], group)
+            values = compute([terms[i] for i in indices], [p[0] for p in chosen], [p[1] for p in chosen])
             found.update(zip(indices, values.unbind(), strict=True))
         device = pairs[0][0].device
         return torch.stack([found[i].to(device) for i in range(len(terms))])
