@@ -165,9 +165,10 @@ def _backward(ctx, grad_values, _grads_A, _grads_B):
     result: list[Tensor | None] = [None] * (2 * n)
     if grad_values is not None:
         grads, factors = ctx.saved_tensors[: 2 * n], ctx.saved_tensors[2 * n :]
-        for i, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
-            scaled = (grad_values[i % n] * grad).to(factor.dtype)
-            result[i] = _FirstOrderOnly.apply(scaled, factor) if torch.is_grad_enabled() else scaled
+        scaled = torch._foreach_mul(grads, [*grad_values.unbind(), *grad_values.unbind()])
+        for i, (grad, factor) in enumerate(zip(scaled, factors, strict=True)):
+            wanted = grad.to(factor.dtype)
+            result[i] = _FirstOrderOnly.apply(wanted, factor) if torch.is_grad_enabled() else wanted
     return result[:n], result[n:], *([None] * n for _ in range(4)), None, None, None, None, None
 
 
