@@ -48,7 +48,8 @@ def hadamard_penalty(
         scaling: LoRA scaling, e.g. ``alpha / r``.
         algorithm: "gram", "stream", "dense" or "auto" (by cost). A dense past takes "auto", "dense" or "stream".
         backend: "torch", "triton" or "auto".
-        precision: "ieee", "tf32" or "auto", the matrix products of the Triton kernels; torch follows its own settings.
+        precision: matrix products of the Triton kernels: "ieee" exact fp32, "tf32", or "auto", three tf32 products for
+            each (error near fp32) where there are tf32 units and exact fp32 elsewhere. torch follows its own settings.
 
     Returns:
         0-dim tensor, differentiable once in ``lora_A`` and ``lora_B``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..grouped import Layer
@@ -22,6 +23,16 @@ _ALGORITHMS = {
     "dense": hadamard_stream,
     "spectral": projected_norm,
 }
+
+
+def _without_half_in_float64(layer: Layer) -> Layer:
+    # Triton 3.7 cannot compile float64 dots of operands that were loaded as 16 bits; such a mix is for checking only.
+    if layer.dtype != torch.float64:
+        return layer
+    names = ("lora_A", "lora_B", "left", "right", "row_energy", "col_energy")
+    operands = {name: getattr(layer, name) for name in names}
+    wide = {name: t.float() for name, t in operands.items() if t is not None and t.dtype.itemsize == 2}
+    return layer._replace(**wide)
 
 
 def run(
@@ -42,7 +53,10 @@ def run(
         values: float32 or float64; positions: one per layer.
     """
     check_device(values)
+    if isinstance(weight, Tensor) and weight.device != values.device:
+        # A scalar on the host is read there; nothing waits for the device.
+        weight = float(weight)
     with device_guard(values):
         for indices in group_by_class(layers).values():
-            chosen = [layers[i] for i in indices]
+            chosen = [_without_half_in_float64(layers[i]) for i in indices]
             _ALGORITHMS[algorithm](chosen, weight, precision, values, [positions[i] for i in indices])

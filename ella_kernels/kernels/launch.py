@@ -13,6 +13,7 @@ from ..dispatch import device_key, interpreted
 
 __all__ = [
     "TL_DTYPES",
+    "capturing",
     "check_device",
     "device_guard",
     "dot_precision",
@@ -47,6 +48,11 @@ def device_guard(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @cache
 def _properties(index: int):
     return torch.cuda.get_device_properties(index)
@@ -65,6 +71,7 @@ def target_precision(precision: str, target: str) -> str:
     "auto" is three tf32 products per product (error near fp32's) where tensor cores have tf32, else exact fp32: the
     gram form cancels once training has driven the overlap down, and plain tf32 would then be off by a per cent.
     """
+    # Triton has no compensated products for the tf32 (xf32) of gfx942, whose exact ones are matrix instructions anyway.
     if not target.startswith("sm_") or int(target[3:]) < 80:
         return "ieee"
     return {"auto": "tf32x3", "tf32": "tf32", "ieee": "ieee"}[precision]

@@ -34,8 +34,11 @@ def projected_norm(
 ) -> None:
     """Spectral penalty of layers of one class; arguments as :func:`gram.hadamard_gram`. Energies do not enter."""
     dtype, device = layers[0].dtype, layers[0].lora_A.device
-    # The long sums in float64, unless tf32 was asked for: nearly orthogonal factors cancel there.
-    sums = torch.float32 if precision == "tf32" and dtype == torch.float32 else torch.float64
+    # The long sums in float64, unless tf32 was asked for: nearly orthogonal factors cancel there. Not for half
+    # operands, which Triton 3.7 cannot widen into a float64 dot.
+    operands = [t for layer in layers for t in (layer.lora_A, layer.lora_B, layer.left, layer.right)]
+    narrow = precision == "tf32" or any(t.dtype.itemsize == 2 for t in operands)
+    sums = torch.float32 if narrow and dtype == torch.float32 else torch.float64
     precision = dot_precision(precision, dtype, device)
     _, _, r, k = layers[0].sizes
     tile = spectral_tile(device_key(device), precision)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..grouped import Layer
 from . import records
-from .launch import TL_DTYPES
+from .launch import TL_DTYPES, capturing
 
 __all__ = [
     "SideClass",
@@ -30,8 +30,10 @@ __all__ = [
     "to_device",
 ]
 
-_MAX_TABLES = 32
+_MAX_TABLES = 256
 _tables: OrderedDict[tuple, object] = OrderedDict()
+# What a captured CUDA graph reads on every replay: never dropped.
+_captured: dict[tuple, object] = {}
 
 
 class SideClass(NamedTuple):
@@ -106,14 +108,14 @@ def batches(layers: Sequence[Layer], slots: Sequence[int], limit: int) -> list[l
 
 
 def cached(key: tuple, build: Callable[[], object]):
-    """The table for ``key``, built on a miss; the least recently used is dropped."""
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    table = build()
+    """The table for ``key``, built on a miss; the least recently used is dropped, unless a CUDA graph holds it."""
+    table = _captured.get(key) or _tables.get(key) or build()
     _tables[key] = table
+    _tables.move_to_end(key)
     if len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
+    if capturing():
+        _captured[key] = table
     return table
 
 
@@ -172,5 +174,8 @@ def to_device(tables: Sequence[list[list[int]]], device: torch.device) -> list[T
     """Int64 tables as views of one device tensor, copied once and without waiting for the device."""
     flat = [entry for table in tables for row in table for entry in row]
     host = torch.tensor(flat, dtype=torch.int64, pin_memory=device.type == "cuda")
+    if capturing():
+        # The copy is part of the graph and repeated by every replay. Warming up before the capture avoids it.
+        _captured[("host", host.data_ptr())] = host
     sizes = [sum(len(row) for row in table) for table in tables]
     return list(host.to(device, non_blocking=True).split(sizes))

@@ -95,6 +95,15 @@ def test_half_operands_are_computed_in_fp32(algorithm, dtype):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_half_factors_of_a_float64_past(algorithm):
+    a, b, past = factors(24, 20, 3, 5, energy=True)
+    a, b, past = a.bfloat16(), b.half(), cast(past, torch.float64)
+    value, *_ = run(a, b, past, 1.0, algorithm)
+    assert value.dtype == torch.float64
+    check([value], exact(a, b, past, 1.0, penalty_of(algorithm))[:1], BOUND[torch.float64])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_any_strides_are_read_in_place(algorithm):
     a, b, past = factors(40, 56, 3, 5, energy=algorithm != "spectral")
     expected = exact(a, b, past, 1.0, penalty_of(algorithm))
@@ -246,10 +255,18 @@ def test_tables_are_reused_until_a_tensor_moves(algorithm, monkeypatch):
     assert error() < BOUND[torch.float32] and len(tables._tables) == built + 2
 
 
-def test_tables_are_bounded():
+def test_tables_are_bounded_but_those_of_a_graph_are_kept(monkeypatch):
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+    monkeypatch.setattr(tables, "_captured", {})
+    monkeypatch.setattr(tables, "capturing", lambda: True)
+    captured = tables.cached("captured", lambda: ["plan"])
+    monkeypatch.setattr(tables, "capturing", lambda: False)
+    dropped = tables.cached("dropped", lambda: ["plan"])
     for i in range(2 * tables._MAX_TABLES):
-        tables.cached(("test", i), list)
+        tables.cached(i, lambda: ["plan"])
     assert len(tables._tables) == tables._MAX_TABLES
+    assert tables.cached("captured", lambda: ["another"]) is captured
+    assert tables.cached("dropped", lambda: ["another"]) is not dropped
 
 
 def count_launches(monkeypatch, module):
@@ -377,6 +394,18 @@ def test_ranks_beyond_the_kernels_are_refused_or_fall_back():
     for i, case in enumerate(((a, b, past), small)):
         value, grad_a, _ = exact(*case, 1.0)
         check((values[i], grads_A[i]), (value, grad_a), BOUND[torch.float32])
+
+
+def test_a_weight_on_another_device_is_read_there(monkeypatch):
+    from ella_kernels import kernels
+
+    given = []
+    monkeypatch.setattr(kernels, "check_device", lambda tensor: None)
+    monkeypatch.setitem(kernels._ALGORITHMS, "gram", lambda layers, weight, *rest: given.append(weight))
+    a, b, past = factors(8, 9, 2, 3)
+    layer = ops._layers([a], [b], [past.left], [past.right], [a.new_empty(0)], [a.new_empty(0)], [1.0], [1], None, None)
+    kernels.run("gram", layer, torch.tensor(2.5), "auto", torch.empty(1, device="meta"), [0])
+    assert given == [2.5] and isinstance(given[0], float)
 
 
 def test_gpu_tensors_are_refused_under_the_interpreter():

@@ -31,6 +31,71 @@ def compiled():
     return [Resources(**row) for row in json.loads(done.stdout)]
 
 
+LAUNCHES = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    # What the JIT asks of a driver before it launches.
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+run, launched = JITFunction.run, []
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    launched.append(self.__name__)
+    return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+JITFunction.run = compile_only
+from ella_kernels import functional, kernels, ops
+from ella_kernels.kernels import gram, launch, spectral, stream
+from tests.kernels.cases import cast, factors
+
+kernels.check_device = lambda tensor: None
+for module in (gram, launch, spectral, stream):
+    module.device_key = lambda device: "sm_90"
+found = {}
+for algorithm in ("gram", "stream", "dense", "spectral"):
+    for dtype, past_dtype, weight in (
+        (torch.float32, torch.float32, torch.tensor(2.0)),
+        (torch.bfloat16, torch.bfloat16, None),
+        (torch.float64, torch.float64, None),
+        (torch.bfloat16, torch.float64, None),
+    ):
+        layers = [factors(64, 96, 8, 8, seed=i) for i in range(2)]
+        As, Bs = [layer[0].to(dtype) for layer in layers], [layer[1].to(dtype) for layer in layers]
+        pasts = [cast(layer[2], past_dtype) for layer in layers]
+        grads = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
+        operands = functional._operands(As, Bs, pasts, [1.0, 2.0], algorithm)
+        launched.clear()
+        ops.add_penalty_grad_(*operands, *grads, weight, 3.0, "triton", "auto")
+        found[f"{algorithm} {dtype} {past_dtype}"] = list(launched)
+print(json.dumps(found))
+"""
+
+
+def test_every_launch_site_passes_the_real_compiler():
+    """The launchers through the JIT for an sm_90, argument binding to machine code: only the launch is left out."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 16
+    assert {name: len(launched) for name, launched in found.items()} == dict.fromkeys(found, 3)
+
+
 def test_all_kernels_are_compiled_for_all_targets(compiled):
     from ella_kernels.kernels import gram_kernels, spectral_kernels, stream_kernels
 
