@@ -36,8 +36,11 @@ class Layer(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Arithmetic dtype: float64 if any operand is, else float32."""
-        operands = (self.lora_A, self.lora_B, self.left, self.right)
-        return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in operands) else torch.float32
+        wide = torch.float64
+        # Asked several times per layer and step, so spelled out.
+        if self.lora_A.dtype is wide or self.lora_B.dtype is wide or self.left.dtype is wide:
+            return wide
+        return wide if self.right is not None and self.right.dtype is wide else torch.float32
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

@@ -29,8 +29,8 @@ def _torch_path(algorithm: str):
 
 def _run(layers: list[Layer | None], like: Tensor, backend: str, precision: str, weight: Tensor | float) -> Tensor:
     """Values ``(n,)``; None marks a layer without a past. Backend "auto" is Triton wherever it has a kernel."""
-    dtype = torch.float64 if any(layer and layer.dtype == torch.float64 for layer in layers) else torch.float32
-    dtype = torch.float64 if like.dtype == torch.float64 else dtype
+    wide = like.dtype == torch.float64 or any(layer and layer.dtype == torch.float64 for layer in layers)
+    dtype = torch.float64 if wide else torch.float32
     on_triton: dict[str, list[int]] = {}
     on_torch: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
