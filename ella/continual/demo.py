@@ -18,7 +18,7 @@ from .tasks import Task, load_benchmark
 __all__ = ["BENCHMARK_ORDER", "DEMO_CONFIG", "DEMO_LAMBDA", "run_demo"]
 
 #: Penalty strength of the demo, one value for both data sources; dimensionless because of ``normalize="rms"``.
-DEMO_LAMBDA = 1.0
+DEMO_LAMBDA = 0.1
 DEMO_CONFIG = StreamConfig(
     learning_rate=2e-3,
     epochs=1,
