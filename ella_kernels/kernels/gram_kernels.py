@@ -82,8 +82,8 @@ def gram_fwd_kernel_blocks(
     p_item = p_items + tl.program_id(0).to(tl.int64) * ITEM
     p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
     start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-    o_p = tl.load(p_item + ITEM_FIRST).to(tl.int32) + tl.arange(0, TP)
-    o_q = tl.load(p_item + ITEM_SECOND).to(tl.int32) + tl.arange(0, TQ)
+    o_p = tl.multiple_of(tl.load(p_item + ITEM_FIRST).to(tl.int32), TP) + tl.arange(0, TP)
+    o_q = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TQ) + tl.arange(0, TQ)
     slot = tl.load(p_item + ITEM_SLOT)
     if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
         b_block, total = _block(
@@ -142,9 +142,9 @@ def gram_fwd_kernel_reduce(
 
 
 @triton.jit
-def _coefficients(p_c, o_a, o_b, o_q, R: tl.constexpr, Q: tl.constexpr, ACC: tl.constexpr, COUNT: tl.constexpr):
+def _coefficients(p_c, o_a, o_b, o_q, R: tl.constexpr, Q: tl.constexpr, ACC: tl.constexpr):
     # [TQ, RA * RB]: column (a, b) holds the coefficients of the unordered pair {a, b}.
-    m_ab = (o_a < R) & (o_b < R) & (tl.arange(0, COUNT) >= 0)
+    m_ab = (o_a < R) & (o_b < R)
     o_c = pair_index(o_a, o_b, R)[None, :] * Q + o_q[:, None]
     return tl.load(p_c + o_c, mask=m_ab[None, :] & (o_q < Q)[:, None], other=0.0).to(ACC)
 
@@ -167,7 +167,7 @@ def _factor_grads(
         n_rows = tl.multiple_of(n_rows, 4)
     o_ab = tl.arange(0, RA * RB)
     if ONE_TILE:
-        b_c = _coefficients(p_c, o_ab // RB, o_ab % RB, tl.arange(0, TQ), R, Q, ACC, RA * RB)
+        b_c = _coefficients(p_c, o_ab // RB, o_ab % RB, tl.arange(0, TQ), R, Q, ACC)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
@@ -186,7 +186,7 @@ def _factor_grads(
                         b_yy = load_pairs(
                             p_y, s_yr, s_yc, o_row, m_row, o_q, p_e, s_e, K, ENERGY, ACC, COMPONENTS_LAST
                         )  # fmt: skip
-                        b_cq = _coefficients(p_c, a0 + o_ab // RB, b0 + o_ab % RB, o_q, R, Q, ACC, RA * RB)
+                        b_cq = _coefficients(p_c, a0 + o_ab // RB, b0 + o_ab % RB, o_q, R, Q, ACC)
                         b_w = tl.dot(b_yy, b_cq, b_w, input_precision=PRECISION, out_dtype=ACC)
                 o_b = b0 + tl.arange(0, RB)
                 b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, o_b, R, ACC, COMPONENTS_LAST)
