@@ -182,9 +182,17 @@ def replace_section(readme: str, text: str, start: str = START, end: str = END) 
     return f"{head}{start}\n{text}{end}{rest.split(end)[1]}"
 
 
+def kernel_resources() -> str:
+    """The default precision's rows on one Hopper-class target, out of ``bench/results/resources.md``."""
+    head, rule, *rows = (RESULTS / "resources.md").read_text(encoding="utf-8").splitlines()
+    shown = [row for row in rows if "| sm_90 | tf32x3 |" in row]
+    return "\n".join([head, rule, *shown]) + "\n"
+
+
 def refreshed(readme: str) -> str:
     """``readme`` with every generated section made anew from the committed results."""
     readme = replace_section(readme, section(*committed()))
+    readme = replace_section(readme, kernel_resources(), *(f"<!-- resources:{end} -->" for end in ("start", "end")))
     return replace_section(readme, continual.section(RESULTS), continual.START, continual.END)
 
 
