@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ella.cli import main
+from ella.continual.demo import DEMO_LAMBDA
 
 from .continual.test_report import Page, assert_self_contained
 from .continual.test_tasks import write_task
@@ -109,7 +110,7 @@ def test_demo_on_a_benchmark_folder(cli, tmp_path):
     resumed = assert_report(out_dir, ("one", "fresh", "ella", "alone"), names)
     assert [r["tasks"] for r in resumed["runs"][:3]] == [r["tasks"] for r in first["runs"]]
     status, _, err = cli("demo", *options, "--resume", "--ella-lambda", "7")
-    assert status == 1 and "config.ella.ella_lambda was 1.0, now 7.0" in err
+    assert status == 1 and f"config.ella.ella_lambda was {DEMO_LAMBDA}, now 7.0" in err
     (out_dir / "runs" / "mine").mkdir()
     (out_dir / "runs" / "ella-0" / "notes.txt").touch()
     status, _, _ = cli("demo", *options, "--arms", "ella", "--ella-lambda", "7", "--order", "agnews,amazon")
