@@ -54,7 +54,7 @@ class Cost(NamedTuple):
 # "cpu" is measured. The GPU rows are derived from counted operations and published rates per multiprocessor, not yet
 # measured on a GPU; both are in bench/NOTES.md. A device not listed takes the default row.
 COSTS = {
-    "cpu": Cost(gram=1.35, pair=16.0, tile=60.0),
+    "cpu": Cost(gram=1.6, pair=16.0, tile=60.0),
     "sm_80": Cost(gram=2.5, pair=11.0, tile=16.0, builds=2),
     "sm_90": Cost(gram=2.5, pair=21.0, tile=16.0, builds=2),
     "sm_100": Cost(gram=2.5, pair=43.0, tile=32.0, builds=2),
