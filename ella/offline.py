@@ -20,7 +20,7 @@ from ella_kernels import LowRank
 from .checkpoint import PastState, StoredLayer, save_past
 from .config import EllaConfig
 from .lora import unsupported_config
-from .past import FoldReport, fold_factors, past_config
+from .past import FoldReport, fold_layer, past_config
 
 __all__ = ["fold_adapters"]
 
@@ -67,13 +67,7 @@ def fold_adapters(
             )
         for layer, (a, b, scaling, bias) in layers.items():
             stored[layer] = _fold(stored.get(layer), layer, a, b, scaling, bias, past_rank)
-        reports.append(
-            FoldReport(
-                name,
-                {layer: kept.rank for layer, kept in stored.items()},
-                {layer: kept.relative_error[-1] for layer, kept in stored.items()},
-            )
-        )
+        reports.append(FoldReport.of(name, stored))
     shapes = {name: (1, *layer.shape) for name, layer in stored.items()}
     state = PastState(config.to_dict(), names, stored, shapes)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,20 +85,12 @@ def fold_adapters(
 def _fold(
     before: StoredLayer | None, name: str, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None, rank: int
 ) -> StoredLayer:
-    past, errors = (None, []) if before is None else (before.parts[0], before.relative_error)
     if before is not None and before.shape != (b.shape[0], a.shape[1]):
         raise ValueError(f"layer {name} is {(b.shape[0], a.shape[1])} here and {before.shape} in the first adapter")
     for factor, tensor in (("A", a), ("B", b)):
         if not tensor.isfinite().all():
             raise ValueError(f"lora_{factor} of {name} is not finite")
-    part, error = fold_factors(past, a, b, scaling, rank)
-    if bias is not None:
-        bias = scaling * bias.float()
-        if before is not None and before.bias is not None:
-            bias = bias + before.bias
-    elif before is not None:
-        bias = before.bias
-    return StoredLayer([part], bias, [*errors, error])
+    return fold_layer(before, [(a, b)], scaling, bias, rank)
 
 
 def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor, float, Tensor | None]]]:

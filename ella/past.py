@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from ella_kernels.lowrank import split_evenly, svd_factors
 from .checkpoint import StoredLayer
 from .lora import AdaptedLayer
 
-__all__ = ["PAST", "FoldReport", "fold_factors", "install_past", "past_config", "read_past", "write_past"]
+__all__ = ["PAST", "FoldReport", "fold_factors", "fold_layer", "install_past", "past_config", "read_past", "write_past"]
 
 PAST = "ella_past"
 
@@ -44,6 +44,15 @@ class FoldReport:
     task: str
     ranks: dict[str, int]
     relative_error: dict[str, float]
+
+    @classmethod
+    def of(cls, task: str, stored: Mapping[str, StoredLayer]) -> FoldReport:
+        """The report on layers whose last fold was ``task``."""
+        return cls(
+            task,
+            {name: layer.rank for name, layer in stored.items()},
+            {name: layer.relative_error[-1] for name, layer in stored.items()},
+        )
 
     @property
     def max_relative_error(self) -> float:
@@ -78,6 +87,24 @@ def fold_factors(
             rows, cols = rows + folded.row_energy, cols + folded.col_energy
         folded = folded._replace(row_energy=rows, col_energy=cols)
     return folded, error
+
+
+def fold_layer(
+    before: StoredLayer | None,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    scaling: float,
+    bias: Tensor | None,
+    max_rank: int,
+) -> StoredLayer:
+    """:func:`fold_factors` of every part ``(A, B)`` of a layer, and the sum of the scaled ``lora_B`` biases."""
+    pasts = [None] * len(parts) if before is None else before.parts
+    folded = [fold_factors(past, a, b, scaling, max_rank) for past, (a, b) in zip(pasts, parts, strict=True)]
+    total = None if before is None else before.bias
+    if bias is not None:
+        scaled = scaling * bias.detach().float()
+        total = scaled if total is None else total + scaled
+    errors = [] if before is None else before.relative_error
+    return StoredLayer([part for part, _ in folded], total, [*errors, max(error for _, error in folded)])
 
 
 class PastHook:

@@ -18,7 +18,7 @@ from .checkpoint import PastState, StoredLayer, load_past, save_past
 from .config import EllaConfig
 from .lora import AdaptedLayer, adapted_layers
 from .merging import check_mergeable, checksums, merge_adapter
-from .past import PAST, FoldReport, activate_past, fold_factors, install_past, read_past, write_past
+from .past import PAST, FoldReport, activate_past, fold_layer, install_past, read_past, write_past
 
 __all__ = ["EllaRegularizer"]
 
@@ -229,23 +229,15 @@ class EllaRegularizer:
             if layer.tied_to is None:
                 layer.reset(init)
         self.tasks.append(name)
-        return FoldReport(
-            name,
-            {layer: stored.rank for layer, stored in folded.items()},
-            {layer: stored.relative_error[-1] for layer, stored in folded.items()},
-        )
+        return FoldReport.of(name, folded)
 
     def _fold(self, layer: AdaptedLayer) -> StoredLayer:
         parts = layer.factors(*layer.parameters())
-        before = self._pasts(layer) or [None] * len(parts)
-        scaling, rank = layer.scaling(), self.config.past_rank
-        folded = [fold_factors(p, a, b, scaling, rank) for p, (a, b) in zip(before, parts, strict=True)]
-        bias = layer.bias()
-        if bias is not None:
-            earlier = layer.bias(PAST) if before[0] is not None else None
-            bias = scaling * bias.float() + (0 if earlier is None else earlier)
-        errors = [*self._errors.get(layer.name, []), max(error for _, error in folded)]
-        return StoredLayer([part for part, _ in folded], bias, errors)
+        return fold_layer(self._stored(layer), parts, layer.scaling(), layer.bias(), self.config.past_rank)
+
+    def _stored(self, layer: AdaptedLayer) -> StoredLayer | None:
+        pasts = self._pasts(layer)
+        return None if pasts is None else StoredLayer(pasts, layer.bias(PAST), self._errors.get(layer.name, []))
 
     def _adopt(self, stored: Mapping[str, StoredLayer]) -> None:
         write_past(self.model, self.layers, stored)
@@ -273,11 +265,8 @@ class EllaRegularizer:
 
     def state(self) -> PastState:
         """All that :meth:`save_pretrained` writes."""
-        layers = {}
-        for layer in self.layers:
-            pasts = self._pasts(layer)
-            if pasts is not None:
-                layers[layer.name] = StoredLayer(pasts, layer.bias(PAST), self._errors.get(layer.name, []))
+        stored = {layer.name: self._stored(layer) for layer in self.layers}
+        layers = {name: layer for name, layer in stored.items() if layer is not None}
         extra = {}
         if self._unmerged is not None:
             extra = {"base_before": self._unmerged, "base_after": checksums(self.layers)}

@@ -28,6 +28,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ella.config import EllaConfig
+from ella.lora import adapted_layers
+from ella.past import PAST
 from ella.regularizer import EllaRegularizer
 
 from .metrics import NAN, AccuracyMatrix
@@ -156,7 +158,7 @@ def run_stream(
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"expected at least one task and distinct names, found {names}")
-    if any(".ella_past." in name for name, _ in classifier.model.named_parameters()):
+    if any(f".{PAST}." in name for name, _ in classifier.model.named_parameters()):
         raise ValueError("the classifier already carries a past; build a fresh one for every run")
 
     run = {
@@ -280,10 +282,8 @@ def task_seed(seed: int, index: int) -> int:
 def _seed_adapter(classifier: TextClassifier, seed: int, index: int) -> None:
     """Initialise the trainable adapter (A random, B zero) from (seed, index)."""
     torch.manual_seed(task_seed(seed, index))
-    name = classifier.adapter_name
-    for module in classifier.model.modules():
-        if hasattr(module, "reset_lora_parameters") and name in getattr(module, "r", {}):
-            module.reset_lora_parameters(name, init_lora_weights=True)
+    for layer in adapted_layers(classifier.model, classifier.adapter_name):
+        layer.reset(True)
 
 
 def _new_regularizer(
@@ -298,14 +298,10 @@ def _new_regularizer(
 
 def _dense_bytes(classifier: TextClassifier) -> tuple[int, int]:
     """(bytes, layers) of a float32 (out, in) past of every layer the adapter is on."""
-    shapes = [
-        (module.lora_B[classifier.adapter_name].weight.shape[0], module.lora_A[classifier.adapter_name].weight.shape[1])
-        for module in classifier.model.modules()
-        if hasattr(module, "lora_A") and classifier.adapter_name in module.lora_A
-    ]
-    return sum(4 * rows * columns for rows, columns in shapes), len(shapes)
+    layers = adapted_layers(classifier.model, classifier.adapter_name)
+    return sum(4 * layer.n_parts * math.prod(layer.shape) for layer in layers), len(layers)
 
 
 def _past_bytes(classifier: TextClassifier) -> int:
     parameters = classifier.model.named_parameters()
-    return sum(p.numel() * p.element_size() for name, p in parameters if ".ella_past." in name)
+    return sum(p.numel() * p.element_size() for name, p in parameters if f".{PAST}." in name)
