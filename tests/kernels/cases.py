@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ella_kernels as ek
 
@@ -65,3 +66,18 @@ def exact(a, b, past, scaling, name="hadamard"):
     past = cast(past, torch.float64) if isinstance(past, ek.LowRank) else past.double()
     value = getattr(ek.reference, f"{name}_penalty")(a, b, past, scaling)
     return value.detach(), *torch.autograd.grad(value, (a, b))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation inside it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result

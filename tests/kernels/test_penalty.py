@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ella_kernels as ek
-from tests.kernels.cases import BOUND, SHAPES, cast, exact, factors, relative_error
+from tests.kernels.cases import BOUND, SHAPES, LargestTensor, cast, exact, factors, relative_error
 
 ALGORITHMS = ["gram", "stream", "dense", "auto"]
 KINDS = ["random", "correlated", "tiny", "outliers", "disjoint"]
@@ -225,22 +224,12 @@ def test_non_finite_factors_reach_the_value(algorithm, bad):
 @pytest.mark.parametrize("algorithm", ["gram", "stream"])
 @pytest.mark.parametrize("out, in_, r, k", [(512, 384, 8, 8), (384, 512, 8, 40), (600, 300, 32, 16), (256, 256, 4, 64)])
 def test_nothing_weight_sized_is_allocated(out, in_, r, k, algorithm):
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (list, tuple)) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    Largest.elements = max(Largest.elements, tensor.numel())
-            return result
-
     cases = [factors(out, in_, r, k, seed=seed, energy=seed == 1) for seed in range(6)]
     As, Bs, pasts = ([c[i] for c in cases] for i in range(3))
     grads = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
-    with Largest():
+    with LargestTensor() as largest:
         ek.add_hadamard_grad_(As, Bs, pasts, [1.0] * 6, *grads, weight=1.0, algorithm=algorithm)
-    assert 0 < Largest.elements < out * in_
+    assert 0 < largest.elements < out * in_
 
 
 def test_second_order_is_refused_by_name():

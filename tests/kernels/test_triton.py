@@ -6,12 +6,11 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ella_kernels as ek
 from ella_kernels import dispatch, functional, ops
 from ella_kernels.kernels import gram_kernels, plans, tables
-from tests.kernels.cases import BOUND, SHAPES, cast, exact, factors, relative_error
+from tests.kernels.cases import BOUND, SHAPES, LargestTensor, cast, exact, factors, relative_error
 
 ALGORITHMS = ["gram", "stream", "dense", "spectral"]
 
@@ -308,22 +307,12 @@ def test_gram_work_memory_is_bounded_by_batches(monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_nothing_weight_sized_is_allocated(algorithm):
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (list, tuple)) else [result]:
-                if isinstance(tensor, torch.Tensor):
-                    Largest.elements = max(Largest.elements, tensor.numel())
-            return result
-
     a, b, past = factors(384, 512, 8, 8)
     dense = past.left @ past.right if algorithm == "dense" else past
     grads = [torch.zeros_like(a)], [torch.zeros_like(b)]
-    with Largest():
+    with LargestTensor() as largest:
         add_([a], [b], [dense], [1.0], *grads, algorithm)
-    assert 0 < Largest.elements < a.shape[1] * b.shape[0]
+    assert 0 < largest.elements < a.shape[1] * b.shape[0]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
