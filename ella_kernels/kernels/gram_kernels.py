@@ -23,8 +23,6 @@ from .records import (
     ITEM_START,
     ITEM_STOP,
     LAYER,
-    LAYER_SCALING_BITS,
-    LAYER_VALUE,
     PARTNER_SLOT,
     ROW_CHUNKS,
     ROW_SLOT,
@@ -41,6 +39,7 @@ from .sides import (
     side_factor,
     side_grad,
     side_past,
+    store_value,
 )
 
 __all__ = ["gram_bwd_kernel_factors", "gram_fwd_kernel_blocks", "gram_fwd_kernel_reduce"]
@@ -206,12 +205,7 @@ def gram_bwd_kernel_factors(
     Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
     i_item = tl.program_id(0).to(tl.int64)
     if i_item < n_layers:
-        p_layer = p_layers + i_item * LAYER
-        o_slice = tl.arange(0, SLICES)
-        b_value = tl.load(p_partials + i_item * n_slices + o_slice, mask=o_slice < n_slices, other=0.0)
-        scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
-        value = tl.sum(b_value) * scaling * scaling
-        tl.store(p_values + tl.load(p_layer + LAYER_VALUE), value.to(p_values.dtype.element_ty))
+        store_value(p_layers + i_item * LAYER, p_partials + i_item * n_slices, n_slices, p_values, SLICES)
     else:
         p_item = p_items + (i_item - n_layers) * ITEM
         p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE

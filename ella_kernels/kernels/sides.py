@@ -14,6 +14,8 @@ from .records import (
     GRAD_COMP,
     GRAD_OFFSET,
     GRAD_ROW,
+    LAYER_SCALING_BITS,
+    LAYER_VALUE,
     PAST_COMP,
     PAST_PTR,
     PAST_ROW,
@@ -29,6 +31,7 @@ __all__ = [
     "side_factor",
     "side_grad",
     "side_past",
+    "store_value",
 ]
 
 
@@ -118,3 +121,13 @@ def load_weight(p_weight, weight, IS_TENSOR: tl.constexpr):
 def inverse_or_zero(x):
     """``1 / x``, and 0 for 0: nothing dropped, so the whole energy term is zero, not 0/0."""
     return tl.where(x == 0, 0.0, 1.0 / tl.where(x == 0, 1.0, x))
+
+
+@triton.jit
+def store_value(p_layer, p_partials, n_slices, p_values, SLICES: tl.constexpr):
+    """A layer's value from its partial sums, in their fixed order."""
+    o_slice = tl.arange(0, SLICES)
+    b_value = tl.load(p_partials + o_slice, mask=o_slice < n_slices, other=0.0)
+    scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
+    value = tl.sum(b_value) * scaling * scaling
+    tl.store(p_values + tl.load(p_layer + LAYER_VALUE), value.to(p_values.dtype.element_ty))

@@ -22,14 +22,12 @@ from .records import (
     ITEM_START,
     ITEM_STOP,
     LAYER,
-    LAYER_SCALING_BITS,
-    LAYER_VALUE,
     ROW_CHUNKS,
     ROW_SLOT,
     SCALING_BITS,
     SIDE,
 )
-from .sides import add_tile, load_scaling, load_tile, load_weight, side_factor, side_grad, side_past
+from .sides import add_tile, load_scaling, load_tile, load_weight, side_factor, side_grad, side_past, store_value
 
 __all__ = ["spectral_bwd_kernel_factors", "spectral_fwd_kernel_blocks", "spectral_fwd_kernel_reduce"]
 
@@ -146,12 +144,7 @@ def spectral_bwd_kernel_factors(
     N_SLICES: tl.constexpr = (K + BK - 1) // BK
     i_item = tl.program_id(0).to(tl.int64)
     if i_item < n_layers:
-        p_layer = p_layers + i_item * LAYER
-        o_slice = tl.arange(0, SLICES)
-        b_value = tl.load(p_partials + i_item * N_SLICES + o_slice, mask=o_slice < N_SLICES, other=0.0)
-        scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
-        value = tl.sum(b_value) * scaling * scaling
-        tl.store(p_values + tl.load(p_layer + LAYER_VALUE), value.to(p_values.dtype.element_ty))
+        store_value(p_layers + i_item * LAYER, p_partials + i_item * N_SLICES, N_SLICES, p_values, SLICES)
     else:
         p_item = p_items + (i_item - n_layers) * ITEM
         i_side = tl.load(p_item + ITEM_SIDE)
