@@ -49,7 +49,7 @@ def _run(layers: list[Layer | None], like: Tensor, backend: str, precision: str,
     for algorithm, indices in on_triton.items():
         from . import kernels
 
-        kernels.run(algorithm, [layers[i] for i in indices], weight, precision, values, indices)
+        kernels.prepare(algorithm, [layers[i] for i in indices], precision, indices).run(weight, values)
     for algorithm, indices in on_torch.items():
         found = _torch_path(algorithm)([layers[i] for i in indices], weight)
         for index, value in zip(indices, found, strict=True):

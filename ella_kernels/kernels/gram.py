@@ -17,7 +17,7 @@ from .plans import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
 from .tiles import GramTile, gram_tile
 
-__all__ = ["compiled_constants", "gram_shape", "hadamard_gram"]
+__all__ = ["GramLaunches", "compiled_constants", "gram_shape", "prepare_gram"]
 
 _REDUCE_BLOCK = 1024
 
@@ -88,50 +88,65 @@ def compiled_constants(shape: Shape) -> list[tuple[str, dict, int]]:
     ]
 
 
-def hadamard_gram(
-    layers: Sequence[Layer], weight: Tensor | float, precision: str, values: Tensor, positions: Sequence[int]
-) -> None:
-    """Hadamard penalty of layers that share ranks and dtypes; gradients are added to ``grad_A``, ``grad_B`` if given.
+class GramLaunches(NamedTuple):
+    """Layers of one class up to their launches; holds device tables, no operand."""
+
+    plans: list[Plan]
+    shape: Shape
+    dtype: torch.dtype
+    precision: str
+    constants: list[tuple[str, dict, int]]
+
+    def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
+        """Values into their positions, ``weight`` times the gradients onto the targets, at most three launches a plan.
+
+        Args:
+            weight: a number or a 0-dim tensor, which is read on the device.
+            values: float32 or float64.
+            grad_base: address of the first layer's ``grad_B``, 0 without gradients.
+        """
+        for plan in self.plans:
+            self._launch_plan(plan, weight, values, grad_base)
+
+    def _launch_plan(self, plan: Plan, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
+        shape, dtype, device, acc = self.shape, self.dtype, values.device, TL_DTYPES[self.dtype]
+        blocks = torch.empty(plan.n_slots * shape.elements, dtype=dtype, device=device)
+        totals = torch.empty(plan.n_slots if shape.energy else 1, dtype=dtype, device=device)
+        partials = torch.empty(plan.n_layers * shape.n_slices, dtype=torch.float64, device=device)
+        (_, for_blocks, warps), (_, for_reduce, reduce_warps), (_, for_factors, grad_warps) = self.constants
+        for_factors = for_factors | {"WEIGHT_IS_TENSOR": isinstance(weight, Tensor)}
+        common = {"ACC": acc, "PRECISION": self.precision, "num_stages": shape.stages}
+        for launch in plan.launches:
+            kernels.gram_fwd_kernel_blocks[(launch.n_blocks,)](
+                plan.sides, launch.blocks, blocks, totals, **for_blocks, **launch.constants, **common, num_warps=warps
+            )
+        kernels.gram_fwd_kernel_reduce[(plan.n_layers, shape.n_slices)](
+            plan.layers, blocks, totals, partials, **for_reduce, ACC=acc, num_warps=reduce_warps
+        )
+        for i, launch in enumerate(plan.launches):
+            # The first launch of a plan also finishes the values.
+            n_layers = plan.n_layers if i == 0 else 0
+            if n_layers + launch.n_grads == 0:
+                continue
+            kernels.gram_bwd_kernel_factors[(n_layers + launch.n_grads,)](
+                plan.layers, plan.sides, launch.grads, blocks, partials, values, *weight_arguments(weight, values),
+                grad_base, n_layers, shape.n_slices, **for_factors, **launch.constants, **common,
+                num_warps=grad_warps,
+            )  # fmt: skip
+
+
+def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> GramLaunches:
+    """Hadamard penalty of layers that share ranks and dtypes; gradients go to ``grad_A``, ``grad_B`` if given.
 
     Args:
         layers: checked layers with low-rank pasts, none of them zero by shape, of one class and device.
-        weight: factor on the gradients, a number or a 0-dim tensor, which is read on the device.
         precision: "auto", "ieee" or "tf32", see :func:`launch.dot_precision`.
-        values, positions: layer ``i``'s unweighted value goes to ``values[positions[i]]``.
+        positions: layer ``i``'s unweighted value is number ``positions[i]`` of the values.
     """
     dtype, device = layers[0].dtype, layers[0].lora_A.device
     precision = dot_precision(precision, dtype, device)
     _, _, r, k = layers[0].sizes
     shape = gram_shape(r, k, layers[0].row_energy is not None, gram_tile(device_key(device), precision))
     key = ("gram", shape, dtype, side_classes(layers[0]), tuple(positions), *address_key(layers))
-    grad_base = 0 if layers[0].grad_B is None else layers[0].grad_B.data_ptr()
-    for plan in cached(key, lambda: make_plans(layers, positions, shape.work(dtype.itemsize))):
-        _run_plan(plan, shape, grad_base, weight, dtype, precision, values)
-
-
-def _run_plan(
-    plan: Plan, shape: Shape, grad_base: int, weight: Tensor | float, dtype: torch.dtype, precision: str, values: Tensor
-) -> None:
-    device, acc = values.device, TL_DTYPES[dtype]
-    blocks = torch.empty(plan.n_slots * shape.elements, dtype=dtype, device=device)
-    totals = torch.empty(plan.n_slots if shape.energy else 1, dtype=dtype, device=device)
-    partials = torch.empty(plan.n_layers * shape.n_slices, dtype=torch.float64, device=device)
-    (_, for_blocks, warps), (_, for_reduce, reduce_warps), (_, for_factors, grad_warps) = compiled_constants(shape)
-    for_factors["WEIGHT_IS_TENSOR"] = isinstance(weight, Tensor)
-    common = {"ACC": acc, "PRECISION": precision, "num_stages": shape.stages}
-    for launch in plan.launches:
-        kernels.gram_fwd_kernel_blocks[(launch.n_blocks,)](
-            plan.sides, launch.blocks, blocks, totals, **for_blocks, **launch.constants, **common, num_warps=warps
-        )
-    kernels.gram_fwd_kernel_reduce[(plan.n_layers, shape.n_slices)](
-        plan.layers, blocks, totals, partials, **for_reduce, ACC=acc, num_warps=reduce_warps
-    )
-    for i, launch in enumerate(plan.launches):
-        # The first launch of a plan also finishes the values.
-        n_layers = plan.n_layers if i == 0 else 0
-        if n_layers + launch.n_grads == 0:
-            continue
-        kernels.gram_bwd_kernel_factors[(n_layers + launch.n_grads,)](
-            plan.layers, plan.sides, launch.grads, blocks, partials, values, *weight_arguments(weight, values),
-            grad_base, n_layers, shape.n_slices, **for_factors, **launch.constants, **common, num_warps=grad_warps,
-        )  # fmt: skip
+    plans = cached(key, lambda: make_plans(layers, positions, shape.work(dtype.itemsize)))
+    return GramLaunches(plans, shape, dtype, precision, compiled_constants(shape))

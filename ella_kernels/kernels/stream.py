@@ -14,10 +14,20 @@ from ..grouped import Layer
 from . import records
 from . import stream_kernels as kernels
 from .launch import TL_DTYPES, dot_precision, weight_arguments
-from .tables import address_key, batches, cached, float_bits, is_aligned, side_classes, side_record, to_device
+from .tables import (
+    address_key,
+    batches,
+    cached,
+    float_bits,
+    gradient_base,
+    is_aligned,
+    side_classes,
+    side_record,
+    to_device,
+)
 from .tiles import StreamTile, stream_tile
 
-__all__ = ["hadamard_stream", "stream_constants"]
+__all__ = ["StreamLaunches", "prepare_stream", "stream_constants"]
 
 
 class Launch(NamedTuple):
@@ -50,36 +60,45 @@ def stream_constants(r: int, k: int, tile: StreamTile) -> dict:
     }
 
 
-def hadamard_stream(
-    layers: Sequence[Layer], weight: Tensor | float, precision: str, values: Tensor, positions: Sequence[int]
-) -> None:
-    """Hadamard penalty by tiles, of factors or of a stored past; arguments as :func:`gram.hadamard_gram`."""
+class StreamLaunches(NamedTuple):
+    """Layers of one class up to their launches; holds device tables, no operand."""
+
+    plans: list[Plan]
+    constants: dict
+    precision: str
+
+    def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
+        """As :meth:`gram.GramLaunches.launch`."""
+        constants = self.constants | {"WEIGHT_IS_TENSOR": isinstance(weight, Tensor)}
+        for plan in self.plans:
+            partials = torch.empty(plan.n_partials, dtype=torch.float64, device=values.device)
+            for launch in plan.launches:
+                kernels.stream_kernel_factors[(launch.n_items,)](
+                    plan.sides, launch.items, partials, *weight_arguments(weight, values), grad_base, **constants,
+                    **launch.constants, PRECISION=self.precision,
+                )  # fmt: skip
+            kernels.stream_kernel_values[(plan.n_layers,)](plan.layers, partials, values, BLOCK=128, num_warps=1)
+
+
+def prepare_stream(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> StreamLaunches:
+    """Hadamard penalty by tiles, of factors or of a stored past; arguments as :func:`gram.prepare_gram`."""
     dtype, device = layers[0].dtype, layers[0].lora_A.device
-    if layers[0].algorithm == "dense" and layers[0].right is not None:
-        layers = [_stored(layer) for layer in layers]
     precision = dot_precision(precision, dtype, device)
     _, _, r, k = layers[0].sizes
     tile = stream_tile(device_key(device), precision)
     sizes = stream_constants(r, k, tile)
     energy = layers[0].row_energy is not None
-    with_grad = layers[0].grad_A is not None
-    grad_base = 0 if layers[0].grad_B is None else layers[0].grad_B.data_ptr()
     key = ("stream", *sizes.values(), energy, dtype, side_classes(layers[0]), tuple(positions), *address_key(layers))
-    for plan in cached(key, lambda: _plans(layers, positions, sizes, grad_base)):
-        partials = torch.empty(plan.n_partials, dtype=torch.float64, device=device)
-        for launch in plan.launches:
-            kernels.stream_kernel_factors[(launch.n_items,)](
-                plan.sides, launch.items, partials, *weight_arguments(weight, values), grad_base, **sizes,
-                **launch.constants, STORED=layers[0].right is None, ENERGY=energy, WITH_GRAD=with_grad,
-                WEIGHT_IS_TENSOR=isinstance(weight, Tensor), ACC=TL_DTYPES[dtype], PRECISION=precision,
-                num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-        kernels.stream_kernel_values[(plan.n_layers,)](plan.layers, partials, values, BLOCK=128, num_warps=1)
-
-
-def _stored(layer: Layer) -> Layer:
-    # algorithm="dense" on factors: the caller asked for the matrix; energies stay rank one.
-    return layer._replace(left=layer.left.to(layer.dtype) @ layer.right.to(layer.dtype), right=None)
+    constants = sizes | {
+        "STORED": layers[0].right is None,
+        "ENERGY": energy,
+        "WITH_GRAD": layers[0].grad_A is not None,
+        "ACC": TL_DTYPES[dtype],
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    plans = cached(key, lambda: _plans(layers, positions, sizes, gradient_base(layers)))
+    return StreamLaunches(plans, constants, precision)
 
 
 def _plans(layers: Sequence[Layer], positions: Sequence[int], sizes: dict, grad_base: int) -> list[Plan]:

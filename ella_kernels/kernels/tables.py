@@ -23,6 +23,7 @@ __all__ = [
     "batches",
     "cached",
     "float_bits",
+    "gradient_base",
     "group_by_class",
     "is_aligned",
     "side_classes",
@@ -78,10 +79,15 @@ def group_by_class(layers: Sequence[Layer]) -> dict[tuple, list[int]]:
     return groups
 
 
+def gradient_base(layers: Sequence[Layer]) -> int:
+    """The address that gradients are stored relative to: fresh ones in the old pattern need no new table."""
+    first = layers[0].grad_B
+    return 0 if first is None else first.data_ptr()
+
+
 def address_key(layers: Sequence[Layer]) -> tuple:
     """Everything a table depends on; gradients relative to the first, as the kernels address them."""
-    first = layers[0].grad_B
-    base = 0 if first is None else first.data_ptr()
+    base = gradient_base(layers)
     key = []
     for layer in layers:
         for t in (layer.lora_A, layer.lora_B, layer.left, layer.right, layer.row_energy, layer.col_energy):

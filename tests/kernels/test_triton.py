@@ -389,11 +389,13 @@ def test_a_weight_on_another_device_is_read_there(monkeypatch):
     from ella_kernels import kernels
 
     given = []
+
+    class Launches:
+        def launch(self, weight, values, grad_base):
+            given.append(weight)
+
     monkeypatch.setattr(kernels, "check_device", lambda tensor: None)
-    monkeypatch.setitem(kernels._ALGORITHMS, "gram", lambda layers, weight, *rest: given.append(weight))
-    a, b, past = factors(8, 9, 2, 3)
-    layer = ops._layers([a], [b], [past.left], [past.right], [a.new_empty(0)], [a.new_empty(0)], [1.0], [1], None, None)
-    kernels.run("gram", layer, torch.tensor(2.5), "auto", torch.empty(1, device="meta"), [0])
+    kernels.Prepared([(Launches(), 0)], []).run(torch.tensor(2.5), torch.empty(1, device="meta"))
     assert given == [2.5] and isinstance(given[0], float)
 
 
