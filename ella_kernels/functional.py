@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, repeats
 from .dispatch import ALGORITHMS, BACKENDS, PRECISIONS, device_key, no_kernel, select_algorithm, select_backend
 from .lowrank import LowRank
 
@@ -170,8 +170,37 @@ def _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision)
     return ops.penalty(*operands, with_grad, backend, precision)[0]
 
 
-@torch.no_grad()
 def _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision) -> Tensor:
+    options = (algorithm, backend, precision)
+    key = repeats.signature(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, options)
+    choice = repeats.find(key)
+    if choice is None:
+        return _add_checked_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, *options, key)
+    _check_weight(weight)
+    if choice.prepared is not None:
+        return _run_prepared(choice.prepared, grads_A, grads_B, weight)
+    operands = _lists(lora_As, lora_Bs, pasts, scalings, choice.codes)
+    return _run_op(operands, grads_A, grads_B, weight, choice.backend, precision)
+
+
+@torch.no_grad()
+def _run_op(operands, grads_A, grads_B, weight, backend, precision) -> Tensor:
+    tensor, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+    return ops.add_penalty_grad_(*operands, list(grads_A), list(grads_B), tensor, factor, backend, precision)
+
+
+def _run_prepared(prepared, grads_A, grads_B, weight) -> Tensor:
+    values = prepared.run(weight)
+    # The kernels write through addresses; around the registered op the dispatcher tells autograd so.
+    torch.autograd.graph.increment_version([*grads_A, *grads_B])
+    return values
+
+
+@torch.no_grad()
+def _add_checked_grads_(
+    lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision, key
+) -> Tensor:
+    """All checks, then the registered op, or for a call with a signature its kernels, which are kept for the next."""
     operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
     for name, grads, factors in (("grads_A", grads_A, lora_As), ("grads_B", grads_B, lora_Bs)):
         if len(grads) != len(factors):
@@ -183,16 +212,26 @@ def _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, alg
                     f"{name}[{i}] must have shape {tuple(factor.shape)} on {factor.device}, "
                     f"found {tuple(grad.shape)} on {grad.device}"
                 )
-    if isinstance(weight, Tensor):
-        if weight.ndim != 0:
-            raise ValueError(f"weight must be a number or a 0-dim tensor, found shape {tuple(weight.shape)}")
-    else:
-        _finite("weight", weight)
+    _check_weight(weight)
     if operands is None:
         return torch.zeros(0)
     backend = _resolve(backend, precision, operands)
-    tensor, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, float(weight))
-    return ops.add_penalty_grad_(*operands, list(grads_A), list(grads_B), tensor, factor, backend, precision)
+    if key is None or _is_converted(pasts, algorithm):
+        return _run_op(operands, grads_A, grads_B, weight, backend, precision)
+    # torch's own operators are left to the op: below the dispatcher they are cheaper.
+    prepared = None if backend == "torch" else ops.prepare_group(*operands, grads_A, grads_B, backend, precision)
+    if prepared is None or prepared.holds_operands:
+        repeats.remember(key, repeats.Choice(operands[-1], backend, None))
+        return _run_op(operands, grads_A, grads_B, weight, backend, precision)
+    repeats.remember(key, repeats.Choice(operands[-1], backend, prepared))
+    return _run_prepared(prepared, grads_A, grads_B, weight)
+
+
+def _check_weight(weight: float | Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        _finite("weight", weight)
+    elif weight.ndim != 0:
+        raise ValueError(f"weight must be a number or a 0-dim tensor, found shape {tuple(weight.shape)}")
 
 
 def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None:
@@ -203,9 +242,8 @@ def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None
             raise ValueError(f"{name} must have one entry per layer, found {len(given)} for {n} layers")
     if n == 0:
         return None
-    lefts, rights, row_energies, col_energies, codes = [], [], [], [], []
+    checked, codes = [], []
     where = (lambda name, i: name) if n == 1 else (lambda name, i: f"{name} of layer {i}")
-    absent = None
     for i in range(n):
         a, b, past = lora_As[i], lora_Bs[i], pasts[i]
         _matrix(where("lora_A", i), a)
@@ -221,18 +259,24 @@ def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None
                 f"{where('lora_A', i)} and lora_B must be on one device, that of the first layer "
                 f"({lora_As[0].device}); found {a.device} and {b.device}"
             )
-        if absent is None:
-            absent = a.new_empty(0)
-        if isinstance(past, Tensor) and algorithm == "spectral":
+        if _is_converted([past], algorithm):
             past = _even_split(past, where("past", i))
-        left, right, rows, cols = _check_past(past, where("past", i), a, b, algorithm)
-        lefts.append(absent if left is None else left)
-        rights.append(absent if right is None else right)
-        row_energies.append(absent if rows is None else rows)
-        col_energies.append(absent if cols is None else cols)
+        _check_past(past, where("past", i), a, b, algorithm)
+        checked.append(past)
         codes.append(ops.CODES.index(_choose(past, a, b, algorithm)))
-    scalings = [float(s) for s in scalings]
-    return list(lora_As), list(lora_Bs), lefts, rights, row_energies, col_energies, scalings, codes
+    return _lists(lora_As, lora_Bs, checked, scalings, codes)
+
+
+def _is_converted(pasts: Sequence[Past], algorithm: str) -> bool:
+    return algorithm == "spectral" and any(isinstance(past, Tensor) for past in pasts)
+
+
+def _lists(lora_As, lora_Bs, pasts, scalings, codes: list[int]) -> tuple:
+    # One placeholder for all that is absent: the dispatcher has no lists with gaps.
+    absent = lora_As[0].new_empty(0)
+    parts = [past if isinstance(past, LowRank) else (past, None, None, None) for past in pasts]
+    columns = ([absent if t is None else t for t in column] for column in zip(*parts, strict=True))
+    return list(lora_As), list(lora_Bs), *columns, [float(s) for s in scalings], codes
 
 
 def _choose(past: Past, a: Tensor, b: Tensor, algorithm: str) -> str:
@@ -244,16 +288,16 @@ def _choose(past: Past, a: Tensor, b: Tensor, algorithm: str) -> str:
     return select_algorithm(b.shape[0], a.shape[1], a.shape[0], k, device_key(a.device))
 
 
-def _check_past(past: Past, name: str, a: Tensor, b: Tensor, algorithm: str):
+def _check_past(past: Past, name: str, a: Tensor, b: Tensor, algorithm: str) -> None:
     out, in_ = b.shape[0], a.shape[1]
     if past is None:
-        return None, None, None, None
+        return
     if isinstance(past, Tensor):
         _matrix(name, past)
         _expect(name, past, (out, in_), a)
         if algorithm == "gram":
             raise ValueError(f"algorithm='gram' needs {name} as LowRank factors, found a dense tensor; use 'dense'")
-        return past, None, None, None
+        return
     if not isinstance(past, LowRank):
         raise TypeError(f"{name} must be LowRank, a tensor or None, found {type(past).__name__}")
     _matrix(f"{name}.left", past.left)
@@ -267,7 +311,6 @@ def _check_past(past: Past, name: str, a: Tensor, b: Tensor, algorithm: str):
         _floating(f"{name}.col_energy", past.col_energy)
         _expect(f"{name}.row_energy", past.row_energy, (out,), a)
         _expect(f"{name}.col_energy", past.col_energy, (in_,), a)
-    return past
 
 
 def _even_split(past: Tensor, name: str) -> LowRank:

@@ -12,52 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import gram, spectral, stream
-from .dispatch import no_kernel, warn_once
 from .grouped import Layer
+from .prepared import Prepared, prepare
 
-__all__ = ["add_penalty_grad_", "penalty"]
+__all__ = ["add_penalty_grad_", "penalty", "prepare_group"]
 
 ABSENT = "none"
 # Ops take ints; this is their meaning. "spectral" is a penalty, not an algorithm, but takes the same road.
 CODES = (ABSENT, "gram", "stream", "dense", "spectral")
 
 
-def _torch_path(algorithm: str):
-    return {"gram": gram.hadamard_gram, "spectral": spectral.spectral}.get(algorithm, stream.hadamard_stream)
-
-
-def _run(layers: list[Layer | None], like: Tensor, backend: str, precision: str, weight: Tensor | float) -> Tensor:
-    """Values ``(n,)``; None marks a layer without a past. Backend "auto" is Triton wherever it has a kernel."""
-    wide = like.dtype == torch.float64 or any(layer and layer.dtype == torch.float64 for layer in layers)
-    dtype = torch.float64 if wide else torch.float32
-    on_triton: dict[str, list[int]] = {}
-    on_torch: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        if layer is None or layer.is_zero:
-            continue
-        _, _, r, k = layer.sizes
-        reason = None if backend == "torch" else no_kernel(layer.algorithm, r, k)
-        if reason is not None:
-            warn_once(reason)
-        chosen = on_torch if backend == "torch" or reason is not None else on_triton
-        chosen.setdefault(layer.algorithm, []).append(index)
-    if sum(map(len, on_triton.values())) == len(layers):
-        values = torch.empty(len(layers), dtype=dtype, device=like.device)
-    else:
-        values = torch.zeros(len(layers), dtype=dtype, device=like.device)
-    for algorithm, indices in on_triton.items():
-        from . import kernels
-
-        kernels.prepare(algorithm, [layers[i] for i in indices], precision, indices).run(weight, values)
-    for algorithm, indices in on_torch.items():
-        found = _torch_path(algorithm)([layers[i] for i in indices], weight)
-        for index, value in zip(indices, found, strict=True):
-            values[index] = value
-    return values
-
-
-def _layers(
+def prepare_group(
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     lefts: Sequence[Tensor],
@@ -66,10 +31,13 @@ def _layers(
     col_energies: Sequence[Tensor],
     scalings: Sequence[float],
     codes: Sequence[int],
-    grads_A: Sequence[Tensor] | None,
-    grads_B: Sequence[Tensor] | None,
-) -> list[Layer | None]:
-    return [
+    grads_A: Sequence[Tensor],
+    grads_B: Sequence[Tensor],
+    backend: str,
+    precision: str,
+) -> Prepared:
+    """The operands of an op up to its launches; empty ``grads_A``, ``grads_B`` where only values are wanted."""
+    layers = [
         None
         if CODES[code] == ABSENT
         else Layer(
@@ -81,11 +49,13 @@ def _layers(
             col_energies[i] if col_energies[i].numel() else None,
             scalings[i],
             CODES[code],
-            grads_A[i] if grads_A is not None else None,
-            grads_B[i] if grads_B is not None else None,
+            grads_A[i] if len(grads_A) else None,
+            grads_B[i] if len(grads_B) else None,
         )
         for i, code in enumerate(codes)
     ]
+    widest = next((t for t in (*lora_As, *lora_Bs) if t.dtype == torch.float64), lora_As[0])
+    return prepare(layers, widest, backend, precision)
 
 
 @torch.library.custom_op("ella_kernels::penalty", mutates_args=())
@@ -105,20 +75,16 @@ def penalty(
     """Values ``(n,)`` and, if wanted, their gradients in the factors' shapes, float32 or float64."""
     grads_A = [torch.zeros(a.shape, dtype=_grad_dtype(a), device=a.device) for a in lora_As] if with_grad else []
     grads_B = [torch.zeros(b.shape, dtype=_grad_dtype(b), device=b.device) for b in lora_Bs] if with_grad else []
-    layers = _layers(
-        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes,
-        grads_A if with_grad else None, grads_B if with_grad else None,
+    prepared = prepare_group(
+        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B,
+        backend, precision,
     )  # fmt: skip
-    return _run(layers, _widest(lora_As, lora_Bs), backend, precision, 1.0), grads_A, grads_B
+    return prepared.run(1.0), grads_A, grads_B
 
 
 def _grad_dtype(factor: Tensor) -> torch.dtype:
     # Half factors keep fp32 gradients until λ has multiplied them: entries near 1e-8 underflow in fp16.
     return torch.float64 if factor.dtype == torch.float64 else torch.float32
-
-
-def _widest(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> Tensor:
-    return next((t for t in (*lora_As, *lora_Bs) if t.dtype == torch.float64), lora_As[0])
 
 
 @penalty.register_fake
@@ -193,10 +159,11 @@ def add_penalty_grad_(
     precision: str,
 ) -> Tensor:
     """Adds ``weight · ∂P`` (``factor · ∂P`` if no tensor is given) in place; returns the unweighted values ``(n,)``."""
-    layers = _layers(
-        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B
+    prepared = prepare_group(
+        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B,
+        backend, precision,
     )  # fmt: skip
-    return _run(layers, _widest(lora_As, lora_Bs), backend, precision, factor if weight is None else weight)
+    return prepared.run(factor if weight is None else weight)
 
 
 @add_penalty_grad_.register_fake

@@ -1,0 +1,128 @@
+"""Recognising a repeated call: a training step hands over the same operands as the last one.
+
+Checking a model's layers and finding their tables is Python per layer; the signature of a call is not. It holds all
+that checks, choices and tables depend on, read by loops in C, so an equal one needs none of them again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_, is_not, not_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .lowrank import LowRank
+from .prepared import Prepared
+
+__all__ = ["Choice", "find", "remember", "signature"]
+
+# Enough for a model on several devices whose gradients the allocator places in a few alternating patterns.
+_MAX_CALLS = 8
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_PASTS = frozenset({LowRank, Tensor, nn.Parameter, type(None)})
+_NUMBERS = frozenset({float, int})
+_dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
+# The last used first. Searched as a snapshot and replaced as a whole, so that threads need no lock.
+_calls: list[tuple[tuple, Choice]] = []
+
+
+class Choice(NamedTuple):
+    """What was decided about a call that passed the checks.
+
+    Attributes:
+        codes: the algorithm of each layer. backend: the resolved one.
+        prepared: the launches, if they can run again as they are.
+    """
+
+    codes: list[int]
+    backend: str
+    prepared: Prepared | None
+
+
+def signature(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    pasts: Sequence[LowRank | Tensor | None],
+    scalings: Sequence[float],
+    grads_A: Sequence[Tensor],
+    grads_B: Sequence[Tensor],
+    weight: float | Tensor,
+    options: tuple[str, ...],
+) -> tuple | None:
+    """Everything that checks, choices and tables of an in-place call depend on; None where that cannot be told.
+
+    None means an unusual call: tensor subclasses, tensors without memory of their own, wrong types, a past that
+    requires grad, or a call that is being traced or captured. The weight may change from call to call. The signature
+    holds no tensor.
+    """
+    if torch.compiler.is_compiling() or _is_intercepted():
+        return None
+    if isinstance(weight, Tensor) and (type(weight) not in _TENSORS or weight.is_neg()):
+        return None
+    try:
+        lengths = tuple(map(len, (lora_As, lora_Bs, pasts, scalings, grads_A, grads_B)))
+        kinds = tuple(map(type, pasts))
+        if not (_PASTS.issuperset(kinds) and _NUMBERS.issuperset(map(type, scalings))):
+            return None
+        is_factored = tuple(map(is_, kinds, repeat(LowRank)))
+        entries = list(chain.from_iterable(compress(pasts, is_factored)))
+        entries.extend(compress(pasts, map(not_, is_factored)))
+        is_present = tuple(map(is_not, entries, repeat(None)))
+        frozen = list(compress(entries, is_present))
+        # The gradients first: they are what moves, so a comparison ends early.
+        tensors = [*grads_A, *grads_B, *lora_As, *lora_Bs, *frozen]
+        if not _TENSORS.issuperset(map(type, tensors)) or any(map(_requires_grad, frozen)):
+            return None
+        if not tensors or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            # Tables that a captured graph reads are kept for it on the other road.
+            return None
+        # Absolute addresses, also of gradients: relative ones would have to be subtracted, one by one, and freshly
+        # allocated gradients return to a few places.
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        if any(map(Tensor.is_neg, tensors)):
+            return None
+        if 0 in addresses and any(compress(map(Tensor.numel, tensors), map(not_, addresses))):
+            return None
+        return (
+            lengths,
+            options,
+            os.environ.get("TRITON_INTERPRET"),
+            addresses,
+            tuple(scalings),
+            kinds,
+            is_present,
+            tuple(map(_dtype, tensors)),
+            tuple(map(Tensor.get_device, tensors)),
+            tuple(map(Tensor.stride, tensors)),
+            tuple(map(Tensor.size, tensors)),
+        )
+    except (TypeError, RuntimeError, AttributeError):
+        # Not sequences, or tensors without storage or strides: the checks say what is wrong.
+        return None
+
+
+def find(key: tuple | None) -> Choice | None:
+    """What was decided about the last call with this signature; None if it is not among the last few."""
+    if key is None:
+        return None
+    calls = tuple(_calls)
+    for call in calls:
+        if call[0] == key:
+            if call is not calls[0]:
+                _calls[:] = (call, *(other for other in calls if other is not call))
+            return call[1]
+    return None
+
+
+def remember(key: tuple, choice: Choice) -> None:
+    """Keep ``choice`` for calls with the signature ``key``, in place of the one used least recently."""
+    _calls[:] = ((key, choice), *_calls[: _MAX_CALLS - 1])
+
+
+def _is_intercepted() -> bool:
+    """Whether a dispatch mode or a function transform wants to see the operators of this call."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
