@@ -25,6 +25,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory one program may ask for, by the vendors' documentation.
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 PRECISIONS = ("auto", "tf32", "ieee")
+# (r, k, energy): one tile, several of the past, several of both.
+GRAM_PROBLEMS = ((8, 8, False), (8, 16, True), (16, 16, False))
 
 
 class Unit(NamedTuple):
@@ -54,6 +56,14 @@ class Resources(NamedTuple):
     instruction: str
 
 
+def _products(target: str) -> list[str]:
+    """What the kernels multiply in on a target: the distinct precisions of dots, and float64 where sums take it."""
+    from .kernels.launch import FAST_FLOAT64, target_precision
+
+    products = [target_precision(precision, target) for precision in PRECISIONS]
+    return list(dict.fromkeys(products)) + ["float64"] * (target in FAST_FLOAT64)
+
+
 def units(target: str) -> Iterator[Unit]:
     """Every kernel with every row of the tile tables for ``target``, on the problems the tables were made for."""
     import triton.language as tl
@@ -62,22 +72,19 @@ def units(target: str) -> Iterator[Unit]:
 
     side = {name: tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE", "GRAD")} | {"ALIGNED": True}
     other = {f"{name}_2": tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE")}
-    acc = {"ACC": tl.float32}
-    seen = set()
-    for precision in PRECISIONS:
-        dot = _dot_precision(precision, target)
-        if dot in seen:
-            continue
-        seen.add(dot)
-        common = side | acc | {"PRECISION": dot}
-        for r, k, energy in ((8, 8, False), (8, 16, True)):
+    exact = {"ACC": tl.float64, "PRECISION": "ieee"}
+    for products in _products(target):
+        common = side | ({"ACC": tl.float32, "PRECISION": products} if products != "float64" else exact)
+        for r, k, energy in GRAM_PROBLEMS:
             problem = f"r {r}, k {k}" + (", energy" if energy else "")
-            shape = gram.gram_shape(r, k, energy, tiles.gram_tile(target, dot))
+            shape = gram.gram_shape(r, k, energy, tiles.gram_tile(target, products))
             for name, constants, warps in gram.compiled_constants(shape):
                 kernel = getattr(gram_kernels, name)
-                yield Unit(name, problem, target, dot, kernel, common | constants, warps, shape.stages)
+                yield Unit(name, problem, target, products, kernel, common | constants, warps, shape.stages)
+        if products == "float64":
+            continue
         for r, k, stored in ((8, 120, False), (8, 0, True)):
-            tile = tiles.stream_tile(target, dot)
+            tile = tiles.stream_tile(target, products)
             constants = common | other | stream.stream_constants(r, k, tile)
             constants |= {"STORED": stored, "ENERGY": False, "WITH_GRAD": True, "WEIGHT_IS_TENSOR": True}
             for which, order in (
@@ -86,32 +93,19 @@ def units(target: str) -> Iterator[Unit]:
             ):
                 yield Unit(
                     "stream_kernel_factors", f"r {r}, " + ("stored" if stored else f"k {k}") + f", {which}", target,
-                    dot, stream_kernels.stream_kernel_factors, constants | order, tile.warps, tile.stages,
+                    products, stream_kernels.stream_kernel_factors, constants | order, tile.warps, tile.stages,
                 )  # fmt: skip
-        tile = tiles.spectral_tile(target, dot)
+        tile = tiles.spectral_tile(target, products)
         sizes = spectral.spectral_constants(8, 8, tile)
         for name, constants in (
-            ("spectral_fwd_kernel_blocks", sizes | {"BM": tile.rows} | _exact_sums(precision)),
+            ("spectral_fwd_kernel_blocks", sizes | {"BM": tile.rows} | ({} if products == "tf32" else exact)),
             ("spectral_bwd_kernel_factors", sizes | {"BM": tile.grad_rows, "WEIGHT_IS_TENSOR": True, "SLICES": 1}),
             ("spectral_fwd_kernel_reduce", sizes),
         ):
             kernel = getattr(spectral_kernels, name)
-            yield Unit(name, "r 8, k 8", target, dot, kernel, common | constants, tile.warps, tile.stages)
-    yield Unit(
-        "stream_kernel_values", "", target, "float64", stream_kernels.stream_kernel_values, acc | {"BLOCK": 128}, 1, 1
-    )  # fmt: skip
-
-
-def _exact_sums(precision: str) -> dict:
-    import triton.language as tl
-
-    return {} if precision == "tf32" else {"ACC": tl.float64, "PRECISION": "ieee"}
-
-
-def _dot_precision(precision: str, target: str) -> str:
-    from .kernels.launch import target_precision
-
-    return target_precision(precision, target)
+            yield Unit(name, "r 8, k 8", target, products, kernel, common | constants, tile.warps, tile.stages)
+    values = stream_kernels.stream_kernel_values
+    yield Unit("stream_kernel_values", "", target, "float64", values, {"ACC": tl.float32, "BLOCK": 128}, 1, 1)
 
 
 def _signature(unit: Unit) -> tuple[dict, dict]:

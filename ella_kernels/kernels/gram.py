@@ -12,7 +12,8 @@ from torch import Tensor
 from ..dispatch import device_key
 from ..grouped import Layer
 from . import gram_kernels as kernels
-from .launch import TL_DTYPES, dot_precision, weight_arguments
+from .launch import FAST_FLOAT64, TL_DTYPES, dot_precision, sums_dtype, weight_arguments
+from .pairs import n_pairs
 from .plans import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
 from .tiles import GramTile, gram_tile
@@ -20,67 +21,81 @@ from .tiles import GramTile, gram_tile
 __all__ = ["GramLaunches", "compiled_constants", "gram_shape", "prepare_gram"]
 
 _REDUCE_BLOCK = 1024
-
-
-def _next_power(n: int, least: int = 16) -> int:
-    return max(least, triton.next_power_of_2(max(1, n)))
+_ENERGY_TILE = 16
 
 
 class Shape(NamedTuple):
-    """Compile-time sizes of a class: ranks, pairs, and the tiles cut to them."""
+    """Compile-time sizes of a class: ranks, and the tiles cut to them.
+
+    Attributes:
+        rows, tile_r, tile_k, warps: the ``blocks`` kernel's rows per step, and components of factor and past in a tile.
+        grad_rows, grad_r, grad_k, grad_warps: of the ``factors`` kernel.
+    """
 
     r: int
     k: int
     energy: bool
-    pairs: int
-    past_pairs: int
     rows: int
-    tile_pairs: int
-    tile_past: int
-    grad_rows: int
-    grad_first: int
-    grad_second: int
-    grad_past: int
+    tile_r: int
+    tile_k: int
     warps: int
+    grad_rows: int
+    grad_r: int
+    grad_k: int
     grad_warps: int
     stages: int
 
     @property
+    def past_pairs(self) -> int:
+        """Pairs of the past that a row of a Gram block holds, and its energy."""
+        return n_pairs(self.k, self.grad_k) + self.energy
+
+    @property
     def elements(self) -> int:
-        return self.pairs * self.past_pairs
+        """Of a Gram block; rows are padded to 16 bytes."""
+        return n_pairs(self.r, 1) * -(-self.past_pairs // 4) * 4
 
     @property
     def n_slices(self) -> int:
         return -(-self.elements // _REDUCE_BLOCK)
 
     def work(self, itemsize: int) -> Work:
-        """What planning needs to know."""
-        tiles = [
-            (p, q) for p in range(0, self.pairs, self.tile_pairs) for q in range(0, self.past_pairs, self.tile_past)
-        ]
+        """What planning needs to know: of equal entries only those of ordered tiles are computed."""
+
+        def ordered(n: int, step: int) -> list[tuple[int, int]]:
+            return [(first, second) for first in range(0, n, step) for second in range(first, n, step)]
+
+        factor, past = ordered(self.r, self.tile_r), ordered(self.k, self.tile_k)
+        tiles = [(*of_factor, *of_past) for of_factor in factor for of_past in past]
+        if self.energy:
+            # The past's component k does not exist: it stands for the energies.
+            tiles += [(*of_factor, self.k, self.k) for of_factor in ordered(self.r, _ENERGY_TILE)]
         return Work(self.rows, self.grad_rows, self.elements, itemsize, tiles)
 
 
 def gram_shape(r: int, k: int, energy: bool, tile: GramTile) -> Shape:
     """Cut a row of the tile table to ranks ``r`` and ``k``; dots need at least 16 of everything."""
-    pairs, past_pairs = r * (r + 1) // 2, k * (k + 1) // 2 + energy
-    second = min(_next_power(r, 1), tile.grad_pairs)
-    first = max(min(_next_power(r, 1), tile.grad_pairs // second), -(-16 // second))
+    tile_r, tile_k = _components(r, 16), _components(k, 16)
+    while tile_r * tile_k > tile.products:
+        tile_r, tile_k = (tile_r // 2, tile_k) if tile_r > tile_k else (tile_r, tile_k // 2)
     return Shape(
-        r, k, energy, pairs, past_pairs,
-        tile.rows, min(tile.pairs, _next_power(pairs)), min(tile.past_pairs, _next_power(past_pairs)),
-        tile.grad_rows, first, second, min(tile.grad_past_pairs, _next_power(past_pairs)),
-        tile.warps, tile.grad_warps, tile.stages,
+        r, k, energy, tile.rows, tile_r, tile_k, tile.warps,
+        tile.grad_rows, _components(r, tile.grad_components), _components(k, tile.grad_past_components),
+        tile.grad_warps, tile.stages,
     )  # fmt: skip
+
+
+def _components(rank: int, most: int) -> int:
+    return min(most, max(4, triton.next_power_of_2(max(1, rank))))
 
 
 def compiled_constants(shape: Shape) -> list[tuple[str, dict, int]]:
     """Name, compile-time sizes and warps of the three kernels, in launch order."""
-    sizes = {"R": shape.r, "K": shape.k, "ENERGY": int(shape.energy)}
-    blocks = sizes | {"BM": shape.rows, "TP": shape.tile_pairs, "TQ": shape.tile_past}
+    sizes = {"R": shape.r, "K": shape.k, "GK": shape.grad_k, "Q": shape.past_pairs, "ENERGY": int(shape.energy)}
+    blocks = sizes | {"BM": shape.rows, "TR": shape.tile_r, "TK": shape.tile_k, "TE": _ENERGY_TILE}
     reduce = sizes | {"BLOCK": _REDUCE_BLOCK}
-    factors = sizes | {"BM": shape.grad_rows, "TQ": shape.grad_past, "RA": shape.grad_first, "RB": shape.grad_second}
-    factors |= {"SLICES": _next_power(shape.n_slices, 1), "WEIGHT_IS_TENSOR": True}
+    factors = sizes | {"BM": shape.grad_rows, "GR": shape.grad_r}
+    factors |= {"SLICES": triton.next_power_of_2(shape.n_slices), "WEIGHT_IS_TENSOR": True}
     return [
         ("gram_fwd_kernel_blocks", blocks, shape.warps),
         ("gram_fwd_kernel_reduce", reduce, 4),
@@ -143,10 +158,14 @@ def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[in
         precision: "auto", "ieee" or "tf32", see :func:`launch.dot_precision`.
         positions: layer ``i``'s unweighted value is number ``positions[i]`` of the values.
     """
-    dtype, device = layers[0].dtype, layers[0].lora_A.device
+    device = layers[0].lora_A.device
+    target = device_key(device)
+    # Gram's terms cancel: exact fp32 products are not enough for a result exact to fp32.
+    dtype = sums_dtype(precision == "ieee" and target in FAST_FLOAT64, layers)
     precision = dot_precision(precision, dtype, device)
     _, _, r, k = layers[0].sizes
-    shape = gram_shape(r, k, layers[0].row_energy is not None, gram_tile(device_key(device), precision))
+    tile = gram_tile(target, "float64" if dtype == torch.float64 else precision)
+    shape = gram_shape(r, k, layers[0].row_energy is not None, tile)
     key = ("gram", shape, dtype, side_classes(layers[0]), tuple(positions), *address_key(layers))
     plans = cached(key, lambda: make_plans(layers, positions, shape.work(dtype.itemsize)))
     return GramLaunches(plans, shape, dtype, precision, compiled_constants(shape))

@@ -1,8 +1,12 @@
 """Algorithm "gram", fused: three kernels over a pointer table, for every layer of a group at once.
 
-blocks   M = Σ_i (x ⊛ x)(y ⊛ y)ᵀ over a chunk of rows, for one tile of factor pairs and past pairs
-reduce   sums the chunks in order; value partials ⟨ωM_rows, ωM_cols⟩; leaves the coefficients of the gradients
-factors  ∂P/∂x_ia = 2s² Σ_a' x_ia' Σ_q M'[aa', q] y_iq, added to the gradient; and the value from its partials
+With ``X = x ⊛ y`` the Khatri–Rao products (rows, r·k) of one side, factor ``x`` and past ``y``, and ρ its energies::
+
+    blocks    M = XᵀX over a chunk of rows, one tile of products by another. M[ac, bd] depends on the unordered pairs
+              {a, b} and {c, d} only, so one entry of each is computed and kept; and Σ_i ρ_i x_ia x_ib
+    reduce    sums the chunks in order; the value's share ⟨ω ⊙ M_rows, M_cols⟩ (ω: how often a pair occurs)
+    factors   ∂P/∂x_ia = 2s² Σ_b x_ib (Σ_cd M'[ab, cd] y_ic y_id + ρ_i m'_ab), M' and m' of the other side, added to
+              the gradient; and the value from its shares
 """
 
 from __future__ import annotations
@@ -10,13 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pairs import load_pairs, pair_index
+from .dots import dot, dot_self
+from .pairs import load_products, pair_index
 from .records import (
     COL_CHUNKS,
     COL_SLOT,
     COMPONENTS_ARE_LAST,
     ITEM,
     ITEM_FIRST,
+    ITEM_PAST_FIRST,
+    ITEM_PAST_SECOND,
     ITEM_SECOND,
     ITEM_SIDE,
     ITEM_SLOT,
@@ -47,14 +54,45 @@ __all__ = ["gram_bwd_kernel_factors", "gram_fwd_kernel_blocks", "gram_fwd_kernel
 
 @triton.jit
 def _block(
-    p_side, start, stop, o_p, o_q, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr, FACTOR: tl.constexpr,
-    PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, TP: tl.constexpr, TQ: tl.constexpr, COMPONENTS_LAST: tl.constexpr,
+    p_side, start, stop, a0, b0, c0, d0, R: tl.constexpr, K: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TR: tl.constexpr,
+    TK: tl.constexpr, SAME: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    b_block = tl.zeros((TP, TQ), dtype=ACC)
+    # [TR * TK, TR * TK]: products (a, c) from (a0, c0) by products (b, d) from (b0, d0), which are the same if SAME.
+    b_block = tl.zeros((TR * TK, TR * TK), dtype=ACC)
+    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
+    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, LAST)
+    n_rows = (stop - start).to(tl.int32)
+    if ALIGNED:
+        n_rows = tl.multiple_of(n_rows, 4)
+    for i in range(0, n_rows, BM):
+        o_row = i + tl.arange(0, BM)
+        m_row = o_row < n_rows
+        b_xy = load_products(
+            p_x, s_xr, s_xc, a0, p_y, s_yr, s_yc, c0, o_row, m_row, R, K, BM, TR, TK, ACC, LAST
+        )  # fmt: skip
+        if SAME:
+            b_block = dot_self(b_xy, b_block, PRECISION, ACC)
+        else:
+            b_other = load_products(
+                p_x, s_xr, s_xc, b0, p_y, s_yr, s_yc, d0, o_row, m_row, R, K, BM, TR, TK, ACC, LAST
+            )  # fmt: skip
+            b_block = dot(tl.trans(b_xy), b_other, b_block, PRECISION, ACC)
+    if SAME:
+        b_block = 0.5 * (b_block + tl.trans(b_block))
+    return b_block
+
+
+@triton.jit
+def _energy_block(
+    p_side, start, stop, a0, b0, R: tl.constexpr, FACTOR: tl.constexpr, ENERGY_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TE: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    # [TE, TE]: Σ ρ_i x_ia x_ib, and Σ ρ_i.
+    b_block = tl.zeros((TE, TE), dtype=ACC)
     b_total = tl.zeros((BM,), dtype=ACC)
-    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, COMPONENTS_LAST)
-    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
+    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
     p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
     n_rows = (stop - start).to(tl.int32)
     if ALIGNED:
@@ -62,43 +100,96 @@ def _block(
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
-        b_xx = load_pairs(p_x, s_xr, s_xc, o_row, m_row, o_p, p_e, s_e, R, False, ACC, COMPONENTS_LAST)
-        b_yy = load_pairs(p_y, s_yr, s_yc, o_row, m_row, o_q, p_e, s_e, K, ENERGY, ACC, COMPONENTS_LAST)
-        b_block = tl.dot(tl.trans(b_xx), b_yy, b_block, input_precision=PRECISION, out_dtype=ACC)
-        if ENERGY:
-            b_total += tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC)
+        b_e = tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC)
+        b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, a0 + tl.arange(0, TE), R, ACC, LAST)
+        b_other = load_tile(p_x, s_xr, s_xc, o_row, m_row, b0 + tl.arange(0, TE), R, ACC, LAST)
+        b_block = dot(tl.trans(b_x * b_e[:, None]), b_other, b_block, PRECISION, ACC)
+        b_total += b_e
     return b_block, tl.sum(b_total)
 
 
 @triton.jit
-def gram_fwd_kernel_blocks(
-    p_sides, p_items, p_blocks, p_totals, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr,
-    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TP: tl.constexpr, TQ: tl.constexpr,
+def _products_item(
+    p_item, p_side, p_block, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, STRIDE: tl.constexpr,
+    FACTOR: tl.constexpr, PAST: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, TR: tl.constexpr, TK: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    P: tl.constexpr = R * (R + 1) // 2
-    Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
-    p_item = p_items + tl.program_id(0).to(tl.int64) * ITEM
-    p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
     start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-    o_p = tl.multiple_of(tl.load(p_item + ITEM_FIRST).to(tl.int32), TP) + tl.arange(0, TP)
-    o_q = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TQ) + tl.arange(0, TQ)
-    slot = tl.load(p_item + ITEM_SLOT)
-    if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
-        b_block, total = _block(
-            p_side, start, stop, o_p, o_q, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TP,
-            TQ, True,
+    a0 = tl.multiple_of(tl.load(p_item + ITEM_FIRST).to(tl.int32), TR)
+    b0 = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TR)
+    c0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_FIRST).to(tl.int32), TK)
+    d0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_SECOND).to(tl.int32), TK)
+    if R <= TR and K <= TK:
+        b_block = _block(
+            p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True, LAST
+        )  # fmt: skip
+    elif (a0 == b0) & (c0 == d0):
+        b_block = _block(
+            p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True, LAST
         )  # fmt: skip
     else:
-        b_block, total = _block(
-            p_side, start, stop, o_p, o_q, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TP,
-            TQ, False,
+        b_block = _block(
+            p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, False, LAST
         )  # fmt: skip
-    m_block = (o_p < P)[:, None] & (o_q < Q)[None, :]
-    tl.store(p_blocks + slot * (P * Q) + (o_p[:, None] * Q + o_q[None, :]), b_block, mask=m_block)
-    if ENERGY:
-        # Every tile of a slot holds the same total; the first one writes it.
-        tl.store(p_totals + slot, total, mask=tl.load(p_item + ITEM_FIRST) + tl.load(p_item + ITEM_SECOND) == 0)
+    o_first, o_second = tl.arange(0, TR * TK)[:, None], tl.arange(0, TR * TK)[None, :]
+    o_a, o_c, o_b, o_d = a0 + o_first // TK, c0 + o_first % TK, b0 + o_second // TK, d0 + o_second % TK
+    m_block = (o_a <= o_b) & (o_b < R) & (o_c < K) & (o_d < K) & (o_c // GK <= o_d // GK)
+    tl.store(p_block + (pair_index(o_a, o_b, R, 1) * STRIDE + pair_index(o_c, o_d, K, GK)), b_block, mask=m_block)
+
+
+@triton.jit
+def _energy_item(
+    p_item, p_side, p_block, p_total, R: tl.constexpr, STRIDE: tl.constexpr, FACTOR: tl.constexpr,
+    ENERGY_TYPE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    TE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
+    a0 = tl.multiple_of(tl.load(p_item + ITEM_FIRST).to(tl.int32), TE)
+    b0 = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TE)
+    b_block, total = _energy_block(
+        p_side, start, stop, a0, b0, R, FACTOR, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TE, LAST
+    )  # fmt: skip
+    o_a, o_b = a0 + tl.arange(0, TE)[:, None], b0 + tl.arange(0, TE)[None, :]
+    tl.store(p_block + pair_index(o_a, o_b, R, 1) * STRIDE, b_block, mask=(o_a <= o_b) & (o_b < R))
+    # Every tile of a slot finds the same total; the first one writes it.
+    tl.store(p_total, total, mask=a0 + b0 == 0)
+
+
+@triton.jit
+def gram_fwd_kernel_blocks(
+    p_sides, p_items, p_blocks, p_totals, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
+    ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TR: tl.constexpr, TK: tl.constexpr,
+    TE: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = R * (R + 1) // 2
+    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
+    p_item = p_items + tl.program_id(0).to(tl.int64) * ITEM
+    p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
+    slot = tl.load(p_item + ITEM_SLOT)
+    p_block = p_blocks + slot * (P * STRIDE)
+    is_last = tl.load(p_side + COMPONENTS_ARE_LAST) != 0
+    # Items of the energies are marked by a first component of the past that does not exist.
+    if ENERGY and tl.load(p_item + ITEM_PAST_FIRST) >= K:
+        if is_last:
+            _energy_item(
+                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TE,
+                True,
+            )  # fmt: skip
+        else:
+            _energy_item(
+                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TE,
+                False,
+            )  # fmt: skip
+    elif K > 0:
+        if is_last:
+            _products_item(
+                p_item, p_side, p_block, R, K, GK, STRIDE, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True
+            )  # fmt: skip
+        else:
+            _products_item(
+                p_item, p_side, p_block, R, K, GK, STRIDE, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, False
+            )  # fmt: skip
 
 
 @triton.jit
@@ -110,99 +201,123 @@ def _sum_chunks(p_x, n_chunks, STEP: tl.constexpr, m_x, ACC: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _multiplicity(o_q, K: tl.constexpr, GK: tl.constexpr, ACC: tl.constexpr):
+    # 1 for pairs within a block of the past's components, where both orders are listed, and 2 between blocks.
+    b_count = tl.full(o_q.shape, 2.0, dtype=ACC)
+    for c0 in tl.static_range(0, K, GK):
+        o_row = o_q - (c0 * K - c0 * (c0 - GK) // 2)
+        b_count = tl.where((o_row >= 0) & (o_row < GK * (K - c0)) & (o_row % (K - c0) < GK), 1.0, b_count)
+    return b_count
+
+
+@triton.jit
 def gram_fwd_kernel_reduce(
-    p_layers, p_blocks, p_totals, p_partials, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    p_layers, p_blocks, p_totals, p_partials, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
+    ENERGY: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = R * (R + 1) // 2
-    Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
+    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
     i_layer, i_slice = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_layer = p_layers + i_layer * LAYER
     o_e = i_slice * BLOCK + tl.arange(0, BLOCK)
-    m_e = o_e < P * Q
+    o_p, o_q = o_e // STRIDE, o_e % STRIDE
+    # Whole rows are read, which keeps loads wide; what pads them was never written.
+    m_e = o_p < P
     row_slot, col_slot = tl.load(p_layer + ROW_SLOT), tl.load(p_layer + COL_SLOT)
-    p_rows, p_cols = p_blocks + row_slot * (P * Q) + o_e, p_blocks + col_slot * (P * Q) + o_e
-    b_rows = _sum_chunks(p_rows, tl.load(p_layer + ROW_CHUNKS), P * Q, m_e, ACC, BLOCK)
-    b_cols = _sum_chunks(p_cols, tl.load(p_layer + COL_CHUNKS), P * Q, m_e, ACC, BLOCK)
-    o_p, o_q = o_e // Q, o_e % Q
-    # Squares come first in the numbering of pairs and count once, mixed products twice.
-    b_weight = tl.where(o_q < K, 1.0, 2.0).to(ACC)
+    p_rows, p_cols = p_blocks + row_slot * (P * STRIDE) + o_e, p_blocks + col_slot * (P * STRIDE) + o_e
+    b_rows = _sum_chunks(p_rows, tl.load(p_layer + ROW_CHUNKS), P * STRIDE, m_e, ACC, BLOCK)
+    b_cols = _sum_chunks(p_cols, tl.load(p_layer + COL_CHUNKS), P * STRIDE, m_e, ACC, BLOCK)
+    b_rows, b_cols = tl.where(o_q < Q, b_rows, 0.0), tl.where(o_q < Q, b_cols, 0.0)
+    b_count = _multiplicity(o_q, K, GK, ACC)
     if ENERGY:
         total = tl.sum(tl.zeros((1,), dtype=ACC))
         for j in range(0, tl.load(p_layer + ROW_CHUNKS).to(tl.int32)):
             total += tl.load(p_totals + row_slot + j)
-        b_weight = tl.where(o_q == Q - 1, inverse_or_zero(total).to(ACC), b_weight)
-    b_pairs = tl.where(o_p < R, 1.0, 2.0).to(tl.float64)
-    value = tl.sum(b_rows.to(tl.float64) * (b_cols * b_weight).to(tl.float64) * b_pairs)
+        b_count = tl.where(o_q == Q - 1, inverse_or_zero(total).to(ACC), b_count)
+    # The factor's pairs are listed once; squares are the diagonal of its triangle.
+    b_twice = tl.full((BLOCK,), 2.0, dtype=tl.float64)
+    for a in tl.static_range(R):
+        b_twice = tl.where(o_p == a * R - a * (a - 1) // 2, 1.0, b_twice)
+    value = tl.sum(b_rows.to(tl.float64) * (b_cols * b_count).to(tl.float64) * b_twice)
     tl.store(p_partials + i_layer * tl.num_programs(1) + i_slice, value)
-    # In place of the first chunks, which only this program reads at these elements.
-    tl.store(p_rows, b_rows * b_weight, mask=m_e)
-    tl.store(p_cols, b_cols * b_weight, mask=m_e)
+    # Coefficients of the gradients, in place of the first chunks, which only this program reads at these elements.
+    tl.store(p_rows, b_rows * b_count, mask=m_e)
+    tl.store(p_cols, b_cols * b_count, mask=m_e)
 
 
 @triton.jit
-def _coefficients(p_c, o_a, o_b, o_q, R: tl.constexpr, Q: tl.constexpr, ACC: tl.constexpr):
-    # [TQ, RA * RB]: column (a, b) holds the coefficients of the unordered pair {a, b}.
-    m_ab = (o_a < R) & (o_b < R)
-    o_c = pair_index(o_a, o_b, R)[None, :] * Q + o_q[:, None]
-    return tl.load(p_c + o_c, mask=m_ab[None, :] & (o_q < Q)[:, None], other=0.0).to(ACC)
+def _coefficients(
+    p_c, o_ab, m_ab, c0, d0, K: tl.constexpr, ACC: tl.constexpr, GK: tl.constexpr
+):  # fmt: skip
+    # [GK * GK, GR * GR]: row (c, d), column (b, a) holds the coefficient of x_b y_c y_d in ∂P/∂x_a.
+    o_cd = tl.arange(0, GK * GK)
+    o_c, o_d = c0 + o_cd // GK, d0 + o_cd % GK
+    m_c = ((o_c < K) & (o_d < K))[:, None] & m_ab[None, :]
+    return tl.load(p_c + (o_ab[None, :] + pair_index(o_c, o_d, K, GK)[:, None]), mask=m_c, other=0.0).to(ACC)
 
 
 @triton.jit
 def _factor_grads(
-    p_side, p_c, grad_base, start, stop, scale, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr,
-    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TQ: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr,
-    COMPONENTS_LAST: tl.constexpr,
+    p_side, p_c, grad_base, start, stop, scale, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
+    ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, GR: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
-    ONE_TILE: tl.constexpr = Q <= TQ and RA >= R and RB >= R
-    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, COMPONENTS_LAST)
-    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
+    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
+    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
+    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, LAST)
     p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
     p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
     n_rows = (stop - start).to(tl.int32)
     if ALIGNED:
         n_rows = tl.multiple_of(n_rows, 4)
-    o_ab = tl.arange(0, RA * RB)
-    if ONE_TILE:
-        b_c = _coefficients(p_c, o_ab // RB, o_ab % RB, tl.arange(0, TQ), R, Q, ACC)
+    # Columns (b, a): the sum over b then stays within a lane.
+    o_ba = tl.arange(0, GR * GR)
+    if R <= GR and K <= GK:
+        o_a, o_b = o_ba % GR, o_ba // GR
+        o_ab = pair_index(tl.minimum(o_a, o_b), tl.maximum(o_a, o_b), R, 1) * STRIDE
+        b_c = _coefficients(p_c, o_ab, (o_a < R) & (o_b < R), 0, 0, K, ACC, GK)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
-        for a0 in range(0, R, RA):
-            b_grad = tl.zeros((BM, RA), dtype=ACC)
-            for b0 in range(0, R, RB):
-                b_w = tl.zeros((BM, RA * RB), dtype=ACC)
-                if ONE_TILE:
-                    b_yy = load_pairs(
-                        p_y, s_yr, s_yc, o_row, m_row, tl.arange(0, TQ), p_e, s_e, K, ENERGY, ACC, COMPONENTS_LAST
+        for a0 in range(0, R, GR):
+            b_grad = tl.zeros((BM, GR), dtype=ACC)
+            for b0 in range(0, R, GR):
+                o_a, o_b = a0 + o_ba % GR, b0 + o_ba // GR
+                m_ab = (o_a < R) & (o_b < R)
+                o_ab = pair_index(tl.minimum(o_a, o_b), tl.maximum(o_a, o_b), R, 1) * STRIDE
+                b_w = tl.zeros((BM, GR * GR), dtype=ACC)
+                if R <= GR and K <= GK:
+                    b_yy = load_products(
+                        p_y, s_yr, s_yc, 0, p_y, s_yr, s_yc, 0, o_row, m_row, K, K, BM, GK, GK, ACC, LAST
                     )  # fmt: skip
-                    b_w = tl.dot(b_yy, b_c, b_w, input_precision=PRECISION, out_dtype=ACC)
+                    b_w = dot(b_yy, b_c, b_w, PRECISION, ACC)
                 else:
-                    for q0 in range(0, Q, TQ):
-                        o_q = q0 + tl.arange(0, TQ)
-                        b_yy = load_pairs(
-                            p_y, s_yr, s_yc, o_row, m_row, o_q, p_e, s_e, K, ENERGY, ACC, COMPONENTS_LAST
-                        )  # fmt: skip
-                        b_cq = _coefficients(p_c, a0 + o_ab // RB, b0 + o_ab % RB, o_q, R, Q, ACC)
-                        b_w = tl.dot(b_yy, b_cq, b_w, input_precision=PRECISION, out_dtype=ACC)
-                o_b = b0 + tl.arange(0, RB)
-                b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, o_b, R, ACC, COMPONENTS_LAST)
-                b_grad += tl.sum(tl.reshape(b_w, (BM, RA, RB)) * b_x[:, None, :], 2)
-            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, RA), R, b_grad * scale, ACC)
+                    for c0 in range(0, K, GK):
+                        for d0 in range(c0, K, GK):
+                            b_yy = load_products(
+                                p_y, s_yr, s_yc, c0, p_y, s_yr, s_yc, d0, o_row, m_row, K, K, BM, GK, GK, ACC, LAST
+                            )  # fmt: skip
+                            b_cd = _coefficients(p_c, o_ab, m_ab, c0, d0, K, ACC, GK)
+                            b_w = dot(b_yy, b_cd, b_w, PRECISION, ACC)
+                if ENERGY:
+                    b_m = tl.load(p_c + (o_ab + Q - 1), mask=m_ab, other=0.0).to(ACC)
+                    b_w += tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC)[:, None] * b_m[None, :]
+                b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, b0 + tl.arange(0, GR), R, ACC, LAST)
+                b_grad += tl.sum(tl.reshape(b_w, (BM, GR, GR)) * b_x[:, :, None], 1)
+            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, GR), R, b_grad * scale, ACC)
 
 
 @triton.jit
 def gram_bwd_kernel_factors(
     p_layers, p_sides, p_items, p_blocks, p_partials, p_values, p_weight, weight: tl.float64, grad_base: tl.int64,
-    n_layers, n_slices, R: tl.constexpr, K: tl.constexpr, ENERGY: tl.constexpr, FACTOR: tl.constexpr,
-    PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, WEIGHT_IS_TENSOR: tl.constexpr, BM: tl.constexpr, TQ: tl.constexpr, RA: tl.constexpr,
-    RB: tl.constexpr, SLICES: tl.constexpr,
+    n_layers, n_slices, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr, ENERGY: tl.constexpr,
+    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, WEIGHT_IS_TENSOR: tl.constexpr, BM: tl.constexpr, GR: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = R * (R + 1) // 2
-    Q: tl.constexpr = K * (K + 1) // 2 + ENERGY
+    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
     i_item = tl.program_id(0).to(tl.int64)
     if i_item < n_layers:
         store_value(p_layers + i_item * LAYER, p_partials + i_item * n_slices, n_slices, p_values, SLICES)
@@ -210,16 +325,16 @@ def gram_bwd_kernel_factors(
         p_item = p_items + (i_item - n_layers) * ITEM
         p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
         start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-        p_c = p_blocks + tl.load(p_side + PARTNER_SLOT) * (P * Q)
+        p_c = p_blocks + tl.load(p_side + PARTNER_SLOT) * (P * STRIDE)
         scaling = load_scaling(p_side + SCALING_BITS)
         scale = (2.0 * scaling * scaling * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)).to(ACC)
         if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
             _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
-                ALIGNED, ACC, PRECISION, BM, TQ, RA, RB, True,
+                p_side, p_c, grad_base, start, stop, scale, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
+                ALIGNED, ACC, PRECISION, BM, GR, True,
             )  # fmt: skip
         else:
             _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, R, K, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
-                ALIGNED, ACC, PRECISION, BM, TQ, RA, RB, False,
+                p_side, p_c, grad_base, start, stop, scale, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
+                ALIGNED, ACC, PRECISION, BM, GR, False,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -10,14 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import device_key, interpreted
+from ..grouped import Layer
 
 __all__ = [
+    "FAST_FLOAT64",
     "TL_DTYPES",
     "capturing",
     "check_device",
     "device_guard",
     "dot_precision",
     "multiprocessors",
+    "sums_dtype",
     "target_precision",
     "weight_arguments",
 ]
@@ -28,6 +32,8 @@ TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Where float64 is as fast as exact fp32, in matrix instructions Triton emits. The last is the interpreter.
+FAST_FLOAT64 = ("sm_80", "sm_90", "gfx942", "cpu")
 # Without a device to ask, plan as for a large one: the tests then see many chunks per layer.
 _DEFAULT_MULTIPROCESSORS = 132
 
@@ -80,6 +86,16 @@ def target_precision(precision: str, target: str) -> str:
 def dot_precision(precision: str, dtype: torch.dtype, device: torch.device) -> str:
     """:func:`target_precision` of a device; float64 is always exact."""
     return "ieee" if dtype == torch.float64 else target_precision(precision, device_key(device))
+
+
+def sums_dtype(wide: bool, layers: Sequence[Layer]) -> torch.dtype:
+    """Dtype of accumulators and of what is multiplied into them: the operands', or float64 where ``wide`` asks for it.
+
+    Half operands keep fp32: Triton 3.7 cannot compile a float64 dot of what was loaded as 16 bits.
+    """
+    dtype = layers[0].dtype
+    half = any(t.dtype.itemsize == 2 for x in layers for t in (x.lora_A, x.lora_B, x.left, x.right) if t is not None)
+    return torch.float64 if wide and not half else dtype
 
 
 def weight_arguments(weight: Tensor | float, like: Tensor) -> tuple[Tensor, float]:

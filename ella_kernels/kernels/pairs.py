@@ -1,50 +1,46 @@
-"""Unordered pairs of components, formed in registers: what the gram kernels multiply."""
+"""Products of components, formed in registers, and the numbering of unordered pairs of them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["load_pairs", "pair_index"]
+from .sides import load_tile
+
+__all__ = ["load_products", "n_pairs", "pair_index"]
 
 
 @triton.jit
-def load_pairs(
-    p_x, s_row, s_comp, o_row, m_row, o_pair, p_energy, s_energy, N: tl.constexpr, ENERGY: tl.constexpr,
-    ACC: tl.constexpr, COMPONENTS_LAST: tl.constexpr,
+def load_products(
+    p_x, s_xr, s_xc, first_x, p_y, s_yr, s_yc, first_y, o_row, m_row, NX: tl.constexpr, NY: tl.constexpr,
+    BM: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """``[BM, T]`` products ``x[i, a]·x[i, a']`` of the pairs ``o_pair``, zero outside; pair N(N+1)/2 is the energy.
+    """``[BM, TX * TY]`` products ``x[i, a]·y[i, c]`` in column ``(a, c)``, components counted from ``first_x, first_y``.
 
-    Pairs run along cyclic diagonals: pair ``p`` is ``(p % N, (p % N + p // N) % N)``, so the first N are the squares.
-    Two gathers per product hit the same few cache lines; the tile is loaded in the order in which lanes are neighbours
-    in memory.
+    Two narrow tiles are read and multiplied out in registers. ``NX``, ``NY``: how many components there are; products
+    beyond are zero.
     """
-    PAIRS: tl.constexpr = N * (N + 1) // 2
-    M: tl.constexpr = N if N > 0 else 1
-    o_first = o_pair % M
-    o_second = (o_first + o_pair // M) % M
-    m_pair = o_pair < PAIRS
-    if COMPONENTS_LAST:
-        o_x = o_row[:, None] * s_row
-        m_x = m_row[:, None] & m_pair[None, :]
-        b_x = tl.load(p_x + o_x + o_first[None, :] * s_comp, mask=m_x, other=0.0).to(ACC)
-        b_x *= tl.load(p_x + o_x + o_second[None, :] * s_comp, mask=m_x, other=0.0).to(ACC)
-    else:
-        o_x = o_row[None, :] * s_row
-        m_x = m_row[None, :] & m_pair[:, None]
-        b_x = tl.load(p_x + o_x + o_first[:, None] * s_comp, mask=m_x, other=0.0).to(ACC)
-        b_x *= tl.load(p_x + o_x + o_second[:, None] * s_comp, mask=m_x, other=0.0).to(ACC)
-        b_x = tl.trans(b_x)
-    if ENERGY:
-        b_energy = tl.load(p_energy + o_row * s_energy, mask=m_row, other=0.0).to(ACC)
-        b_x = tl.where((o_pair == PAIRS)[None, :], b_energy[:, None], b_x)
-    return b_x
+    b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, first_x + tl.arange(0, TX), NX, ACC, LAST)
+    b_y = load_tile(p_y, s_yr, s_yc, o_row, m_row, first_y + tl.arange(0, TY), NY, ACC, LAST)
+    return tl.reshape(b_x[:, :, None] * b_y[:, None, :], (BM, TX * TY))
 
 
 @triton.jit
-def pair_index(o_a, o_b, N: tl.constexpr):
-    """Index of the unordered pair ``(a, b)``, elementwise; inverse of the numbering in :func:`load_pairs`."""
-    o_step = (o_b - o_a + N) % N
-    swap = (2 * o_step > N) | ((2 * o_step == N) & (o_b < o_a))
-    o_first = tl.where(swap, o_b, o_a)
-    return tl.where(swap, N - o_step, o_step) * N + o_first
+def pair_index(o_a, o_b, N: tl.constexpr, STEP: tl.constexpr):
+    """Index of the pair ``(a, b)`` of N components, elementwise; :func:`n_pairs` of them.
+
+    Pairs within a block of STEP components are ordered, (a, b) and (b, a); pairs of different blocks are unordered,
+    and a's block must be the first. In one row ``a`` they are contiguous. STEP = 1: all unordered pairs, a ≤ b.
+    """
+    o_block = o_a // STEP * STEP
+    o_row = o_block * N - o_block * (o_block - STEP) // 2 + (o_a - o_block) * (N - o_block)
+    return o_row + (o_b - o_block)
+
+
+def n_pairs(n: int, step: int) -> int:
+    """How many pairs :func:`pair_index` numbers.
+
+    >>> n_pairs(8, 1), n_pairs(8, 8), n_pairs(16, 8)
+    (36, 64, 192)
+    """
+    return sum(n - a // step * step for a in range(n))

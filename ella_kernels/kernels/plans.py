@@ -22,14 +22,14 @@ class Work(NamedTuple):
 
     Attributes:
         rows, grad_rows: rows per step of the block kernel and of the gradient kernel.
-        elements, itemsize: of one partial block. tiles: its division among programs, as pairs of first indices.
+        elements, itemsize: of one partial block. tiles: its division among programs, as four first components.
     """
 
     rows: int
     grad_rows: int
     elements: int
     itemsize: int
-    tiles: list[tuple[int, int]]
+    tiles: list[tuple[int, int, int, int]]
 
 
 class Launch(NamedTuple):
@@ -90,7 +90,7 @@ def _plan(
             sides.append(side_record(layer, which == 0, grad_base, starts[1 - which]))
             for i in range(counts[which]):
                 rows = (side, i * chunk, min((i + 1) * chunk, size), starts[which] + i)
-                blocks[which].extend([*rows, *tile, 0, 0] for tile in work.tiles)
+                blocks[which].extend([*rows, *tile] for tile in work.tiles)
             if layer.grad_A is not None:
                 grads[which].extend(
                     [side, start, min(start + per_grad, size), 0, 0, 0, 0, 0] for start in range(0, size, per_grad)

@@ -20,10 +20,11 @@ PARTNER_SLOT = tl.constexpr(12)
 COMPONENTS_ARE_LAST = tl.constexpr(13)
 SCALING_BITS = tl.constexpr(14)
 
-# One unit of work: rows [start, stop) of a side.
+# One unit of work: rows [start, stop) of a side, by tiles of its components.
 ITEM = tl.constexpr(8)
 ITEM_SIDE, ITEM_START, ITEM_STOP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ITEM_SLOT, ITEM_FIRST, ITEM_SECOND = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+ITEM_PAST_FIRST, ITEM_PAST_SECOND = tl.constexpr(6), tl.constexpr(7)
 
 # One layer: where the partial blocks of its two sides are.
 LAYER = tl.constexpr(8)

@@ -41,7 +41,11 @@ def _matrix(
 ):  # fmt: skip
     # 64-bit arithmetic up to the first row, 32-bit offsets from there. ALIGNED promises what makes loads wide: 16-byte
     # addresses, unit stride along the near dimension, and multiples of four along the other.
-    p_tile = p_x.to(tl.pointer_type(TYPE)) + start * s_row
+    p_tile = p_x.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        # Before the sum: a sum with a start of 0 is folded away, and a hint on it with it.
+        p_tile = tl.multiple_of(p_tile, 16)
+    p_tile += start * s_row
     s_row, s_comp = s_row.to(tl.int32), s_comp.to(tl.int32)
     if ALIGNED:
         p_tile = tl.multiple_of(p_tile, 16)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dispatch import device_key
 from ..grouped import Layer
 from . import spectral_kernels as kernels
-from .launch import TL_DTYPES, dot_precision, weight_arguments
+from .launch import TL_DTYPES, dot_precision, sums_dtype, weight_arguments
 from .plans import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
 from .tiles import SpectralTile, spectral_tile
@@ -84,16 +84,13 @@ class SpectralLaunches(NamedTuple):
 def prepare_spectral(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> SpectralLaunches:
     """Spectral penalty of layers of one class; arguments as :func:`gram.prepare_gram`. Energies do not enter."""
     dtype, device = layers[0].dtype, layers[0].lora_A.device
-    # The long sums in float64, unless tf32 was asked for: nearly orthogonal factors cancel there. Not for half
-    # operands, which Triton 3.7 cannot widen into a float64 dot.
-    operands = [t for layer in layers for t in (layer.lora_A, layer.lora_B, layer.left, layer.right)]
-    narrow = precision == "tf32" or any(t.dtype.itemsize == 2 for t in operands)
-    sums = torch.float32 if narrow and dtype == torch.float32 else torch.float64
+    # The long sums, where nearly orthogonal factors cancel.
+    sums = sums_dtype(precision != "tf32", layers)
     precision = dot_precision(precision, dtype, device)
     _, _, r, k = layers[0].sizes
     tile = spectral_tile(device_key(device), precision)
     sizes = spectral_constants(r, k, tile)
-    work = Work(tile.rows, tile.grad_rows, k * r, sums.itemsize, [(c, 0) for c in range(0, k, sizes["BK"])])
+    work = Work(tile.rows, tile.grad_rows, k * r, sums.itemsize, [(c, 0, 0, 0) for c in range(0, k, sizes["BK"])])
     classes = side_classes(layers[0])
     key = ("spectral", tile, *sizes.values(), dtype, sums, classes, tuple(positions), *address_key(layers))
     return SpectralLaunches(

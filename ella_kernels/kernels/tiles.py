@@ -21,38 +21,36 @@ class GramTile(NamedTuple):
     """Blocks of the gram kernels, before they are cut to the problem.
 
     Attributes:
-        rows, pairs, past_pairs, warps: the ``blocks`` kernel; one program accumulates (pairs, past_pairs) over rows.
-        grad_rows, grad_pairs, grad_past_pairs, grad_warps: the ``factors`` kernel; ``grad_pairs`` ordered pairs.
+        rows, products, warps: the ``blocks`` kernel; one program accumulates (products, products) over rows.
+        grad_rows, grad_components, grad_past_components, grad_warps: the ``factors`` kernel; a tile of coefficients is
+            the square of its past components (at most ``products / 8``) by the square of its components.
         stages: software pipelining depth of both.
     """
 
     rows: int
-    pairs: int
-    past_pairs: int
+    products: int
     warps: int
     grad_rows: int
-    grad_pairs: int
-    grad_past_pairs: int
+    grad_components: int
+    grad_past_components: int
     grad_warps: int
     stages: int = 1
 
 
 # The default row must compile without spills where registers are scarcest: it is checked as sm_80.
-_GRAM_IEEE = GramTile(32, 64, 64, 4, 32, 64, 32, 4)
-_GRAM_WGMMA = {
-    "tf32x3": GramTile(32, 64, 64, 4, 64, 64, 64, 4),
-    "tf32": GramTile(32, 64, 64, 4, 64, 64, 64, 4),
-    "ieee": _GRAM_IEEE,
-}
+_GRAM_WGMMA = GramTile(32, 64, 4, 64, 8, 8, 4)
+# tcgen05 works on 128 rows at a time.
+_GRAM_TCGEN05 = GramTile(32, 64, 4, 128, 8, 8, 4)
 GRAM_TILES: dict[str, dict[str, GramTile]] = {
     "default": {
-        "tf32x3": GramTile(16, 64, 64, 8, 32, 64, 32, 4),
-        "tf32": GramTile(32, 64, 64, 8, 32, 64, 32, 4),
-        "ieee": _GRAM_IEEE,
+        "tf32x3": GramTile(32, 64, 4, 32, 8, 8, 4),
+        "tf32": GramTile(32, 64, 4, 32, 8, 4, 4),
+        "ieee": GramTile(32, 32, 4, 32, 8, 4, 4),
+        "float64": GramTile(32, 64, 8, 32, 8, 4, 8),
     },
-    "sm_90": _GRAM_WGMMA,
-    "sm_100": _GRAM_WGMMA,
-    "gfx942": {"ieee": GramTile(32, 64, 64, 4, 64, 64, 32, 4)},
+    "sm_90": {"tf32x3": _GRAM_WGMMA, "tf32": _GRAM_WGMMA, "ieee": GramTile(32, 32, 4, 64, 8, 4, 4)},
+    "sm_100": {"tf32x3": _GRAM_TCGEN05, "tf32": _GRAM_TCGEN05},
+    "gfx942": {"ieee": GramTile(32, 64, 4, 64, 8, 8, 4)},
 }
 
 
@@ -99,7 +97,7 @@ SPECTRAL_TILES: dict[str, dict[str, SpectralTile]] = {
 
 
 def gram_tile(target: str, precision: str) -> GramTile:
-    """The row for a target and a dot precision; the default row where there is none."""
+    """The row for a target and a dot precision, or "float64" for sums in it; the default row where there is none."""
     return (GRAM_TILES["default"] | GRAM_TILES.get(target, {}))[precision]
 
 

@@ -12,7 +12,7 @@ import pytest
 from ella_kernels.kernels import tiles
 from ella_kernels.resources import SHARED_LIMITS, TARGETS, Resources, compile_unit, markdown
 
-# Kernels whose work is a large dot in fp32; the others sum, or multiply in float64.
+# Kernels whose work is a large dot; the others sum.
 MATRIX_KERNELS = {"gram_fwd_kernel_blocks", "gram_bwd_kernel_factors", "stream_kernel_factors"}
 
 
@@ -104,7 +104,8 @@ def test_all_kernels_are_compiled_for_all_targets(compiled):
         rows = [row for row in compiled if row.target == target]
         assert {row.kernel for row in rows} == names
         products = {row.precision for row in rows if row.kernel in MATRIX_KERNELS}
-        assert products == ({"ieee"} if target == "gfx942" else {"tf32x3", "tf32", "ieee"})
+        exact_sums = set() if target == "sm_100" else {"float64"}
+        assert products == exact_sums | ({"ieee"} if target == "gfx942" else {"tf32x3", "tf32", "ieee"})
 
 
 def test_nothing_spills_on_sm_90(compiled):
@@ -129,15 +130,18 @@ def test_shared_memory_fits_every_chip(compiled):
 def test_matrix_units_are_used(compiled, target, instruction):
     rows = [row for row in compiled if row.target == target and row.kernel in MATRIX_KERNELS]
     on_units = [row for row in rows if row.precision != "ieee" or target == "gfx942"]
-    assert on_units and [row for row in on_units if row.instruction != instruction] == []
+    # Float64 has the older instruction on sm_90 too.
+    wanted = {"float64": "mma.sync"} if target.startswith("sm_") else {}
+    assert on_units and [r for r in on_units if r.instruction != wanted.get(r.precision, instruction)] == []
     # Exact fp32 has no matrix instruction on NVIDIA: it must not silently become tf32.
     exact = [row for row in rows if row.precision == "ieee" and target != "gfx942"]
     assert [row for row in exact if row.instruction != "fma.rn"] == []
 
 
 def test_every_precision_has_a_tile_on_every_device():
-    for precision in ("tf32x3", "tf32", "ieee"):
-        for target in (*TARGETS, "sm_75", "sm_120", "gfx1100", "cpu"):
+    for target in (*TARGETS, "sm_75", "sm_120", "gfx1100", "cpu"):
+        assert tiles.gram_tile(target, "float64")
+        for precision in ("tf32x3", "tf32", "ieee"):
             assert tiles.gram_tile(target, precision) and tiles.stream_tile(target, precision)
             assert tiles.spectral_tile(target, precision)
 
