@@ -172,13 +172,13 @@ def _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision)
 
 def _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision) -> Tensor:
     options = (algorithm, backend, precision)
-    key = repeats.signature(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, options)
-    choice = repeats.find(key)
+    signature = repeats.signature(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, options)
+    choice = repeats.find(signature)
     if choice is None:
-        return _add_checked_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, *options, key)
+        return _add_checked_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, *options, signature)
     _check_weight(weight)
     if choice.prepared is not None:
-        return _run_prepared(choice.prepared, grads_A, grads_B, weight)
+        return _run_prepared(choice.prepared, grads_A, grads_B, weight, signature.grad_base - choice.grad_base)
     operands = _lists(lora_As, lora_Bs, pasts, scalings, choice.codes)
     return _run_op(operands, grads_A, grads_B, weight, choice.backend, precision)
 
@@ -189,8 +189,8 @@ def _run_op(operands, grads_A, grads_B, weight, backend, precision) -> Tensor:
     return ops.add_penalty_grad_(*operands, list(grads_A), list(grads_B), tensor, factor, backend, precision)
 
 
-def _run_prepared(prepared, grads_A, grads_B, weight) -> Tensor:
-    values = prepared.run(weight)
+def _run_prepared(prepared, grads_A, grads_B, weight, moved_by: int = 0) -> Tensor:
+    values = prepared.run(weight, moved_by)
     # The kernels write through addresses; around the registered op the dispatcher tells autograd so.
     torch.autograd.graph.increment_version([*grads_A, *grads_B])
     return values
@@ -198,7 +198,7 @@ def _run_prepared(prepared, grads_A, grads_B, weight) -> Tensor:
 
 @torch.no_grad()
 def _add_checked_grads_(
-    lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision, key
+    lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision, signature
 ) -> Tensor:
     """All checks, then the registered op, or for a call with a signature its kernels, which are kept for the next."""
     operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
@@ -216,14 +216,14 @@ def _add_checked_grads_(
     if operands is None:
         return torch.zeros(0)
     backend = _resolve(backend, precision, operands)
-    if key is None or _is_converted(pasts, algorithm):
+    if signature is None or _is_converted(pasts, algorithm):
         return _run_op(operands, grads_A, grads_B, weight, backend, precision)
     # torch's own operators are left to the op: below the dispatcher they are cheaper.
     prepared = None if backend == "torch" else ops.prepare_group(*operands, grads_A, grads_B, backend, precision)
     if prepared is None or prepared.holds_operands:
-        repeats.remember(key, repeats.Choice(operands[-1], backend, None))
+        repeats.remember(signature, operands[-1], backend, None)
         return _run_op(operands, grads_A, grads_B, weight, backend, precision)
-    repeats.remember(key, repeats.Choice(operands[-1], backend, prepared))
+    repeats.remember(signature, operands[-1], backend, prepared)
     return _run_prepared(prepared, grads_A, grads_B, weight)
 
 

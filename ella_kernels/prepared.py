@@ -40,11 +40,16 @@ class Prepared(NamedTuple):
         """Whether tensors of the caller, or values made from them, are in here; else only their addresses are."""
         return bool(self.on_torch) or any(prepared.copies for prepared in self.on_triton)
 
-    def run(self, weight: Tensor | float) -> Tensor:
-        """The values; ``weight`` times the gradients is added to the layers' targets."""
+    def run(self, weight: Tensor | float, moved_by: int = 0) -> Tensor:
+        """The values; ``weight`` times the gradients is added to the layers' targets.
+
+        Args:
+            weight: a number or a 0-dim tensor.
+            moved_by: bytes by which all targets lie elsewhere than when this was prepared; 0 if it holds operands.
+        """
         values = (torch.zeros if self.is_partial else torch.empty)(self.shape, dtype=self.dtype, device=self.device)
         for prepared in self.on_triton:
-            prepared.run(weight, values)
+            prepared.run(weight, values, moved_by)
         for algorithm, placed in self.on_torch.items():
             found = _torch_path(algorithm)([layer for _, layer in placed], weight)
             for (index, _), value in zip(placed, found, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import chain, compress, repeat
-from operator import attrgetter, is_, is_not, not_
+from operator import attrgetter, is_, is_not, not_, sub
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .lowrank import LowRank
 from .prepared import Prepared
 
-__all__ = ["Choice", "find", "remember", "signature"]
+__all__ = ["Choice", "Signature", "find", "remember", "signature"]
 
-# Enough for a model on several devices whose gradients the allocator places in a few alternating patterns.
+# Enough for a model on several devices whose gradients an allocator places in a few alternating patterns.
 _MAX_CALLS = 8
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _PASTS = frozenset({LowRank, Tensor, nn.Parameter, type(None)})
@@ -30,17 +30,32 @@ _dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
 _calls: list[tuple[tuple, Choice]] = []
 
 
+class Signature(NamedTuple):
+    """What a call is recognised by.
+
+    Attributes:
+        key: all that checks, choices and tables depend on; no tensor.
+        grad_base: address of the first gradient. The others are relative to it in the key, as they are in the tables:
+            gradients that share one allocation are found again wherever it is.
+    """
+
+    key: tuple
+    grad_base: int
+
+
 class Choice(NamedTuple):
     """What was decided about a call that passed the checks.
 
     Attributes:
         codes: the algorithm of each layer. backend: the resolved one.
         prepared: the launches, if they can run again as they are.
+        grad_base: where the gradients were then.
     """
 
     codes: list[int]
     backend: str
     prepared: Prepared | None
+    grad_base: int
 
 
 def signature(
@@ -80,18 +95,18 @@ def signature(
         if not tensors or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             # Tables that a captured graph reads are kept for it on the other road.
             return None
-        # Absolute addresses, also of gradients: relative ones would have to be subtracted, one by one, and freshly
-        # allocated gradients return to a few places.
         addresses = tuple(map(Tensor.data_ptr, tensors))
         if any(map(Tensor.is_neg, tensors)):
             return None
         if 0 in addresses and any(compress(map(Tensor.numel, tensors), map(not_, addresses))):
             return None
-        return (
+        grad_base, n_grads = addresses[0], lengths[4] + lengths[5]
+        key = (
             lengths,
             options,
             os.environ.get("TRITON_INTERPRET"),
-            addresses,
+            tuple(map(sub, addresses[:n_grads], repeat(grad_base))),
+            addresses[n_grads:],
             tuple(scalings),
             kinds,
             is_present,
@@ -100,27 +115,29 @@ def signature(
             tuple(map(Tensor.stride, tensors)),
             tuple(map(Tensor.size, tensors)),
         )
+        return Signature(key, grad_base)
     except (TypeError, RuntimeError, AttributeError):
         # Not sequences, or tensors without storage or strides: the checks say what is wrong.
         return None
 
 
-def find(key: tuple | None) -> Choice | None:
+def find(found: Signature | None) -> Choice | None:
     """What was decided about the last call with this signature; None if it is not among the last few."""
-    if key is None:
+    if found is None:
         return None
     calls = tuple(_calls)
     for call in calls:
-        if call[0] == key:
+        if call[0] == found.key:
             if call is not calls[0]:
                 _calls[:] = (call, *(other for other in calls if other is not call))
             return call[1]
     return None
 
 
-def remember(key: tuple, choice: Choice) -> None:
-    """Keep ``choice`` for calls with the signature ``key``, in place of the one used least recently."""
-    _calls[:] = ((key, choice), *_calls[: _MAX_CALLS - 1])
+def remember(found: Signature, codes: list[int], backend: str, prepared: Prepared | None) -> None:
+    """Keep what was decided for calls with this signature, in place of the one used least recently."""
+    choice = Choice(codes, backend, prepared, found.grad_base)
+    _calls[:] = ((found.key, choice), *_calls[: _MAX_CALLS - 1])
 
 
 def _is_intercepted() -> bool:

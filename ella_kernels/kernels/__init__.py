@@ -44,12 +44,13 @@ class Prepared(NamedTuple):
     classes: list[tuple[Launches, int]]
     copies: list[Layer]
 
-    def run(self, weight: Tensor | float, values: Tensor) -> None:
+    def run(self, weight: Tensor | float, values: Tensor, moved_by: int = 0) -> None:
         """Values into their positions of ``values`` and ``weight`` times the gradients onto the layers' targets.
 
         Args:
             weight: a number or a 0-dim tensor, which is read on the device.
             values: float32 or float64.
+            moved_by: bytes by which all targets lie elsewhere than when this was prepared.
         """
         check_device(values)
         if isinstance(weight, Tensor) and weight.device != values.device:
@@ -57,7 +58,7 @@ class Prepared(NamedTuple):
             weight = float(weight)
         with device_guard(values):
             for launches, grad_base in self.classes:
-                launches.launch(weight, values, grad_base)
+                launches.launch(weight, values, grad_base + moved_by)
 
 
 def prepare(algorithm: str, layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> Prepared:

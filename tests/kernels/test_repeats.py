@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ella_kernels as ek
 from ella_kernels import functional, repeats
 from ella_kernels.kernels import gram_kernels
-from tests.kernels.cases import BOUND, exact, factors, relative_error
+from tests.kernels.cases import BOUND, exact, factors, opcodes, relative_error
 
 OUT, IN, R, K = 9, 12, 4, 3
 
@@ -97,27 +96,6 @@ def test_both_roads_give_the_same_bits(algorithm, monkeypatch, checked):
     assert all(torch.equal(x, y) for x, y in zip(short, by_op, strict=True))
 
 
-def opcodes(call):
-    """How many bytecode instructions of this package ``call`` executes."""
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        if "ella_kernels" not in frame.f_code.co_filename:
-            return None
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return trace
-
-    old = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(old)
-    return count
-
-
 def test_a_repeated_call_runs_no_python_per_layer(monkeypatch):
     class Nothing:
         def __getitem__(self, grid):
@@ -128,7 +106,7 @@ def test_a_repeated_call_runs_no_python_per_layer(monkeypatch):
     counts = {}
     for n in (3, 12):
         group = Group(n)
-        counts[n] = opcodes(group.call), opcodes(group.call)
+        counts[n] = opcodes(group.call, ek), opcodes(group.call, ek)
     assert counts[12][0] > 2 * counts[3][0], "the first call walks the layers"
     assert counts[12][1] == counts[3][1] > 0
 
@@ -356,6 +334,30 @@ def test_alternating_gradients_are_both_remembered(checked):
         group.check()
         group.grads_A, other = other, group.grads_A
     assert len(checked) == 2
+
+
+@BACKENDS
+def test_gradients_in_one_allocation_are_found_wherever_it_is(backend, checked):
+    """As a flat buffer that is made anew in every step is."""
+    group = Group(backend=backend)
+    sizes = [grad.numel() for grad in (*group.grads_A, *group.grads_B)]
+
+    def place():
+        views = [
+            part.view_as(grad)
+            for part, grad in zip(torch.zeros(sum(sizes)).split(sizes), (*group.grads_A, *group.grads_B), strict=True)
+        ]
+        group.grads_A, group.grads_B = views[:3], views[3:]
+
+    place()
+    group.check()
+    for _ in range(2):
+        old = [*group.grads_A, *group.grads_B]
+        place()
+        torch._foreach_zero_(old)
+        group.check()
+        assert not any(grad.any() for grad in old)
+    assert len(checked) == 1
 
 
 @BACKENDS
