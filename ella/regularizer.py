@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from .config import EllaConfig
 from .lora import AdaptedLayer, adapted_layers
 from .merging import check_mergeable, checksums, merge_adapter
 from .past import PAST, FoldReport, activate_past, fold_layer, install_past, read_past, write_past
+from .plain import PlainLayers, gradients
 
 __all__ = ["EllaRegularizer"]
 
@@ -30,6 +32,19 @@ class _Term(NamedTuple):
     part: int
     past: ek.LowRank | None
     scaling: float
+
+
+class _Terms(NamedTuple):
+    """All terms as long as the stored past is where and what ``key`` says, and what the kernels take of them as lists.
+
+    ``stored`` are the factors it says it of, whose memory is held so that no other past can come to lie there.
+    """
+
+    key: tuple
+    stored: list[Tensor]
+    terms: list[_Term]
+    pasts: list[ek.LowRank | None]
+    scalings: list[float]
 
 
 class EllaRegularizer:
@@ -67,9 +82,11 @@ class EllaRegularizer:
         )
         self.tasks: list[str] = []
         self._penalised = [i for i, layer in enumerate(self.layers) if layer.tied_to is None]
+        self._hookless = [layer for layer in self.layers if layer.kind in ("attention", "experts")]
         self._energies: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._errors: dict[str, list[float]] = {}
-        self._terms: tuple[tuple, list[_Term]] | None = None
+        self._plain = PlainLayers([self.layers[i] for i in self._penalised])
+        self._terms: _Terms | None = None
         self._unmerged: dict[str, int] | None = None
         if self.config.keep_past == "merge":
             check_mergeable(self.layers)
@@ -95,11 +112,18 @@ class EllaRegularizer:
         scale. Returns ``λ · reduce(P)``, 0-dim.
         """
         weight = self._weight() * scale
+        add_ = ek.add_spectral_grad_ if self.config.penalty == "spectral" else ek.add_hadamard_grad_
+        parameters = self._plain.trainable(self.config.adapter_name)
+        if parameters is not None:
+            terms, into, n = self._current_terms(), gradients(parameters), len(self._penalised)
+            values = add_(
+                parameters[:n], parameters[n:], terms.pasts, terms.scalings, into[:n], into[n:], weight=weight
+            )  # fmt: skip
+            return values.sum() * self._weight()
         grads = {i: self._gradients(self.layers[i]) for i in self._penalised}
 
         def add(terms: list[_Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
             into = [grads[t.layer][t.part] for t in terms]
-            add_ = ek.add_spectral_grad_ if self.config.penalty == "spectral" else ek.add_hadamard_grad_
             pasts, scalings = [t.past for t in terms], [t.scaling for t in terms]
             return add_(a, b, pasts, scalings, [g[0] for g in into], [g[1] for g in into], weight=weight)
 
@@ -109,7 +133,7 @@ class EllaRegularizer:
     def values(self) -> dict[str, float]:
         """Raw ``P`` per layer, without λ and reduction; an expert layer is the sum over its experts."""
         found = {self.layers[i].name: 0.0 for i in self._penalised}
-        for term, value in zip(self._current_terms(), self._call(self._evaluate).tolist(), strict=True):
+        for term, value in zip(self._current_terms().terms, self._call(self._evaluate).tolist(), strict=True):
             found[self.layers[term.layer].name] += value
         return found
 
@@ -122,10 +146,7 @@ class EllaRegularizer:
 
     def _call(self, compute: Callable[[list[_Term], list[Tensor], list[Tensor]], Tensor]) -> Tensor:
         """Values of all terms, in their order; ``compute`` is called once per device the layers are on."""
-        for layer in self.layers:
-            if layer.kind in ("attention", "experts") and self.config.keep_past == "adapter":
-                activate_past(layer)
-        terms = self._current_terms()
+        terms = self._current_terms().terms
         factors = {i: self.layers[i].factors(*self.layers[i].parameters()) for i in self._penalised}
         pairs = [factors[t.layer][t.part] for t in terms]
         by_device: dict[torch.device, list[int]] = {}
@@ -155,17 +176,25 @@ class EllaRegularizer:
 
     # --- the past as the penalty sees it -----------------------------------------------------------------------------
 
-    def _current_terms(self) -> list[_Term]:
+    def _current_terms(self) -> _Terms:
         """Made at a fold and whenever a stored factor was moved or written; kept otherwise."""
-        key = tuple(
-            (factor.data_ptr(), factor._version, factor.device)
-            for i in self._penalised
-            for part in (read_past(self.layers[i]) or ())[:1]
-            for factor in part[:2]
+        if self.config.keep_past == "adapter":
+            for layer in self._hookless:
+                activate_past(layer)
+        factors = self._plain.parameters(PAST)
+        if factors is None:
+            parts = [(read_past(self.layers[i]) or ())[:1] for i in self._penalised]
+            factors = [factor for part in parts for past in part for factor in past[:2]]
+        key = (
+            tuple(map(Tensor.data_ptr, factors)),
+            tuple(map(attrgetter("_version"), factors)),
+            tuple(map(attrgetter("device"), factors)),
         )
-        if self._terms is None or self._terms[0] != key:
-            self._terms = key, [term for i in self._penalised for term in self._layer_terms(i)]
-        return self._terms[1]
+        if self._terms is None or self._terms.key != key:
+            terms = [term for i in self._penalised for term in self._layer_terms(i)]
+            stored = [factor.detach() for factor in factors]
+            self._terms = _Terms(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms])
+        return self._terms
 
     def _layer_terms(self, index: int) -> list[_Term]:
         layer = self.layers[index]
