@@ -73,8 +73,11 @@ def penalty(
     precision: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Values ``(n,)`` and, if wanted, their gradients in the factors' shapes, float32 or float64."""
-    grads_A = [torch.zeros(a.shape, dtype=_grad_dtype(a), device=a.device) for a in lora_As] if with_grad else []
-    grads_B = [torch.zeros(b.shape, dtype=_grad_dtype(b), device=b.device) for b in lora_Bs] if with_grad else []
+    factors = (lora_As, lora_Bs) if with_grad else ([], [])
+    grads_A, grads_B = ([torch.empty(t.shape, dtype=_grad_dtype(t), device=t.device) for t in ts] for ts in factors)
+    if with_grad:
+        # A launch for many tensors, not one for each; outputs of an op may not share one allocation.
+        torch._foreach_zero_([*grads_A, *grads_B])
     prepared = prepare_group(
         lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B,
         backend, precision,
