@@ -27,6 +27,8 @@ SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
 PRECISIONS = ("auto", "tf32", "ieee")
 # (r, k, energy): one tile, several of the past, several of both.
 GRAM_PROBLEMS = ((8, 8, False), (8, 16, True), (16, 16, False))
+# (r, k, stored): a past held whole where there is room, one walked in blocks, and a matrix.
+STREAM_PROBLEMS = ((8, 120, False), (64, 512, False), (8, 0, True))
 
 
 class Unit(NamedTuple):
@@ -83,7 +85,7 @@ def units(target: str) -> Iterator[Unit]:
                 yield Unit(name, problem, target, products, kernel, common | constants, warps, shape.stages)
         if products == "float64":
             continue
-        for r, k, stored in ((8, 120, False), (8, 0, True)):
+        for r, k, stored in STREAM_PROBLEMS:
             tile = tiles.stream_tile(target, products)
             constants = common | other | stream.stream_constants(r, k, tile)
             constants |= {"STORED": stored, "ENERGY": False, "WITH_GRAD": True, "WEIGHT_IS_TENSOR": True}

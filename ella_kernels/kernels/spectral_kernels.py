@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dots import dot
 from .records import (
     COL_CHUNKS,
     COL_SLOT,
@@ -49,7 +50,7 @@ def _block(
         m_row = o_row < n_rows
         b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, tl.arange(0, BR), R, ACC, COMPONENTS_LAST)
         b_y = load_tile(p_y, s_yr, s_yc, o_row, m_row, o_k, K, ACC, COMPONENTS_LAST)
-        b_block = tl.dot(tl.trans(b_y), b_x, b_block, input_precision=PRECISION, out_dtype=ACC)
+        b_block = dot(tl.trans(b_y), b_x, b_block, PRECISION, ACC)
     return b_block
 
 
@@ -99,10 +100,10 @@ def spectral_fwd_kernel_reduce(
     b_gram = tl.zeros((BR, BR), dtype=tl.float64)
     for k0 in range(0, K, BK):
         b_m = _sum_chunks(p_blocks, other_slot, other_chunks, k0 + tl.arange(0, BK), R, K, BR, BK)
-        b_gram = tl.dot(tl.trans(b_m), b_m, b_gram, input_precision="ieee", out_dtype=tl.float64)
+        b_gram = dot(tl.trans(b_m), b_m, b_gram, "ieee", tl.float64)
     o_k, o_r = i_block * BK + tl.arange(0, BK), tl.arange(0, BR)
     b_m = _sum_chunks(p_blocks, own_slot, own_chunks, o_k, R, K, BR, BK)
-    b_c = tl.dot(b_m, b_gram, input_precision="ieee", out_dtype=tl.float64)
+    b_c = dot(b_m, b_gram, tl.zeros((BK, BR), dtype=tl.float64), "ieee", tl.float64)
     p_c = p_coefficients + (2 * i_layer + i_side) * (K * R) + (o_k[:, None] * R + o_r[None, :])
     tl.store(p_c, b_c.to(ACC), mask=(o_k < K)[:, None] & (o_r < R)[None, :])
     tl.store(p_partials + i_layer * tl.num_programs(2) + i_block, tl.sum(b_m * b_c), mask=is_rows)
@@ -129,7 +130,7 @@ def _factor_grads(
             b_y = load_tile(p_y, s_yr, s_yc, o_row, m_row, o_k, K, ACC, COMPONENTS_LAST)
             m_c = (o_k < K)[:, None] & (o_r < R)[None, :]
             b_c = tl.load(p_c + (o_k[:, None] * R + o_r[None, :]), mask=m_c, other=0.0)
-            b_grad = tl.dot(b_y, b_c, b_grad, input_precision=PRECISION, out_dtype=ACC)
+            b_grad = dot(b_y, b_c, b_grad, PRECISION, ACC)
         add_tile(p_g, s_gr, s_gc, o_row, m_row, o_r, R, b_grad * scale, ACC)
 
 

@@ -56,7 +56,7 @@ def stream_constants(r: int, k: int, tile: StreamTile) -> dict:
         "BM": tile.rows,
         "BN": tile.other_rows,
         "BR": min(tile.components, max(16, triton.next_power_of_2(r))),
-        "BK": min(tile.past_components, max(16, triton.next_power_of_2(max(1, k)))),
+        "BK": max(16, triton.next_power_of_2(k)) if 0 < k <= tile.past_held else tile.past_block,
     }
 
 

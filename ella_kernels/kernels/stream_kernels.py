@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dots import dot
 from .records import (
     ENERGY_PTR,
     ENERGY_ROW,
@@ -67,7 +68,7 @@ def _product(
         o_c = c + tl.arange(0, BLOCK)
         b_x = load_tile(p_x, s_xr, s_xc, o_x, m_x, o_c, N, ACC, LAST)
         b_y = load_tile(p_y, s_yr, s_yc, o_y, m_y, o_c, N, ACC, not LAST)
-        b_xy = tl.dot(b_x, tl.trans(b_y), b_xy, input_precision=PRECISION, out_dtype=ACC)
+        b_xy = dot(b_x, tl.trans(b_y), b_xy, PRECISION, ACC)
     return b_xy
 
 
@@ -80,6 +81,8 @@ def stream_kernel_factors(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     IS_ROWS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
+    # Only D needs more than three bf16 products for each of fp32: where the overlap vanishes, D is what cancels.
+    NARROW: tl.constexpr = "bf16x3" if PRECISION == "tf32x3" else PRECISION
     p_item = p_items + tl.program_id(0).to(tl.int64) * ITEM
     i_side, start = tl.load(p_item + ITEM_SIDE), tl.load(p_item + ITEM_START)
     i_comp, slot = tl.load(p_item + ITEM_FIRST).to(tl.int32), tl.load(p_item + ITEM_SLOT)
@@ -109,14 +112,17 @@ def stream_kernel_factors(
         b_energy = tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC) * share
     b_grad = tl.zeros((BM, BR), dtype=ACC)
     b_value = tl.zeros((BM,), dtype=ACC)
+    # The owned side's tiles do not change along the walk, and are split once.
     if BR >= R:
         b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, tl.arange(0, BR), R, ACC, LAST)
+    if not STORED and K > 0 and BK >= K:
+        b_l = load_tile(p_l, s_lr, s_lc, o_row, m_row, tl.arange(0, BK), K, ACC, LAST)
     for j in range(0, n_other, BN):
         o_col = j + tl.arange(0, BN)
         m_col = o_col < n_other
         b_z = load_tile(p_z, s_zr, s_zc, o_col, m_col, o_comp, R, ACC, not LAST)
         if BR >= R:
-            b_d = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION, out_dtype=ACC)
+            b_d = dot(b_x, tl.trans(b_z), tl.zeros((BM, BN), dtype=ACC), PRECISION, ACC)
         else:
             b_d = _product(
                 p_x, s_xr, s_xc, o_row, m_row, p_z, s_zr, s_zc, o_col, m_col, R, BR, ACC, PRECISION, BM, BN, LAST
@@ -130,9 +136,12 @@ def stream_kernel_factors(
                     p_l + (o_row[None, :] * s_lr + o_col[:, None] * s_lc), mask=tl.trans(m_w), other=0.0
                 ).to(ACC)  # fmt: skip
                 b_w = tl.trans(b_w)
+        elif K > 0 and BK >= K:
+            b_r = load_tile(p_r, s_rr, s_rc, o_col, m_col, tl.arange(0, BK), K, ACC, not LAST)
+            b_w = dot(b_l, tl.trans(b_r), tl.zeros((BM, BN), dtype=ACC), NARROW, ACC)
         else:
             b_w = _product(
-                p_l, s_lr, s_lc, o_row, m_row, p_r, s_rr, s_rc, o_col, m_col, K, BK, ACC, PRECISION, BM, BN, LAST
+                p_l, s_lr, s_lc, o_row, m_row, p_r, s_rr, s_rc, o_col, m_col, K, BK, ACC, NARROW, BM, BN, LAST
             )  # fmt: skip
         b_w = b_w * b_w
         if ENERGY:
@@ -141,7 +150,7 @@ def stream_kernel_factors(
         if IS_ROWS:
             b_value += tl.sum(b_h * b_d, 1)
         if WITH_GRAD:
-            b_grad = tl.dot(b_h, b_z, b_grad, input_precision=PRECISION, out_dtype=ACC)
+            b_grad = dot(b_h, b_z, b_grad, NARROW, ACC)
     if IS_ROWS:
         tl.store(p_partials + slot, tl.sum(b_value.to(tl.float64)), mask=i_comp == 0)
     if WITH_GRAD:

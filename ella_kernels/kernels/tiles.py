@@ -55,24 +55,33 @@ GRAM_TILES: dict[str, dict[str, GramTile]] = {
 
 
 class StreamTile(NamedTuple):
-    """Blocks of the stream kernel: owned rows × rows of the other side, and components at a time."""
+    """Blocks of the stream kernel: owned rows × rows of the other side.
+
+    Attributes:
+        rows, other_rows: a tile of the weight. components: of the factors, at a time.
+        past_held: components of the past up to which the owned rows' are split once and kept, in shared memory.
+        past_block: components of a longer past at a time.
+    """
 
     rows: int
     other_rows: int
     components: int
-    past_components: int
+    past_held: int
+    past_block: int
     warps: int
     stages: int = 1
 
 
-_STREAM = {
-    "tf32x3": StreamTile(64, 32, 64, 32, 4),
-    "tf32": StreamTile(64, 64, 64, 32, 4),
-    "ieee": StreamTile(32, 32, 64, 16, 4),
-}
 STREAM_TILES: dict[str, dict[str, StreamTile]] = {
-    "default": _STREAM,
-    "gfx942": {"ieee": StreamTile(64, 64, 64, 32, 4)},
+    "default": {
+        "tf32x3": StreamTile(64, 32, 32, 64, 32, 4),
+        "tf32": StreamTile(64, 32, 64, 128, 32, 4),
+        "ieee": StreamTile(32, 32, 32, 16, 16, 4),
+    },
+    "sm_90": {"tf32x3": StreamTile(64, 32, 64, 128, 32, 4)},
+    # More components would not fit the tensor memory.
+    "sm_100": {"tf32x3": StreamTile(128, 64, 32, 64, 64, 8)},
+    "gfx942": {"ieee": StreamTile(64, 64, 64, 32, 32, 4)},
 }
 
 

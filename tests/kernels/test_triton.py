@@ -74,6 +74,21 @@ def test_is_accurate_on_hard_data(algorithm, kind):
     check(run(a, b, past, 2.0, algorithm), exact(a, b, past, 2.0, penalty_of(algorithm)), BOUND[torch.float32])
 
 
+@pytest.mark.parametrize("kind", ["random", "outliers", "disjoint"])
+@pytest.mark.parametrize("r, k", [(8, 8), (5, 20)], ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_products_written_out_are_near_fp32(algorithm, r, k, kind, monkeypatch):
+    """What "auto" is on tensor cores: the interpreter multiplies the high and low parts exactly, their sum is tested."""
+    from ella_kernels.kernels import gram, spectral, stream
+
+    for module in (gram, spectral, stream):
+        monkeypatch.setattr(module, "dot_precision", lambda *_: "tf32x3")
+    a, b, past = factors(75, 53, r, k, seed=2, kind=kind, energy=algorithm != "spectral" and k == 20)
+    # Three bf16 products leave out 2⁻¹⁶ of Σ|L||R|, three tf32 ones 2⁻²⁰.
+    bound = 1e-4 if algorithm == "stream" else 1e-5
+    check(run(a, b, past, 0.5, algorithm), exact(a, b, past, 0.5, name=penalty_of(algorithm)), bound)
+
+
 @pytest.mark.parametrize("r, k", [(1, 40), (20, 2), (66, 1), (5, 24)])
 def test_gram_takes_any_rank(r, k):
     a, b, past = factors(9, 18, r, k, dtype=torch.float64, energy=k > 1)
