@@ -83,8 +83,6 @@ def units(target: str) -> Iterator[Unit]:
             for name, constants, warps in gram.compiled_constants(shape):
                 kernel = getattr(gram_kernels, name)
                 yield Unit(name, problem, target, products, kernel, common | constants, warps, shape.stages)
-        if products == "float64":
-            continue
         for r, k, stored in STREAM_PROBLEMS:
             tile = tiles.stream_tile(target, products)
             constants = common | other | stream.stream_constants(r, k, tile)
@@ -97,6 +95,8 @@ def units(target: str) -> Iterator[Unit]:
                     "stream_kernel_factors", f"r {r}, " + ("stored" if stored else f"k {k}") + f", {which}", target,
                     products, stream_kernels.stream_kernel_factors, constants | order, tile.warps, tile.stages,
                 )  # fmt: skip
+        if products == "float64":
+            continue
         tile = tiles.spectral_tile(target, products)
         sizes = spectral.spectral_constants(8, 8, tile)
         for name, constants in (

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dispatch import device_key
 from ..grouped import Layer
 from . import gram_kernels as kernels
-from .launch import FAST_FLOAT64, TL_DTYPES, dot_precision, sums_dtype, weight_arguments
+from .launch import TL_DTYPES, arithmetic, weight_arguments
 from .pairs import n_pairs
 from .plans import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
@@ -158,13 +158,9 @@ def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[in
         precision: "auto", "ieee" or "tf32", see :func:`launch.dot_precision`.
         positions: layer ``i``'s unweighted value is number ``positions[i]`` of the values.
     """
-    device = layers[0].lora_A.device
-    target = device_key(device)
-    # Gram's terms cancel: exact fp32 products are not enough for a result exact to fp32.
-    dtype = sums_dtype(precision == "ieee" and target in FAST_FLOAT64, layers)
-    precision = dot_precision(precision, dtype, device)
+    dtype, precision, products = arithmetic(precision, layers)
     _, _, r, k = layers[0].sizes
-    tile = gram_tile(target, "float64" if dtype == torch.float64 else precision)
+    tile = gram_tile(device_key(layers[0].lora_A.device), products)
     shape = gram_shape(r, k, layers[0].row_energy is not None, tile)
     key = ("gram", shape, dtype, side_classes(layers[0]), tuple(positions), *address_key(layers))
     plans = cached(key, lambda: make_plans(layers, positions, shape.work(dtype.itemsize)))

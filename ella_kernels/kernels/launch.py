@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -16,6 +17,8 @@ from ..grouped import Layer
 __all__ = [
     "FAST_FLOAT64",
     "TL_DTYPES",
+    "Arithmetic",
+    "arithmetic",
     "capturing",
     "check_device",
     "device_guard",
@@ -96,6 +99,26 @@ def sums_dtype(wide: bool, layers: Sequence[Layer]) -> torch.dtype:
     dtype = layers[0].dtype
     half = any(t.dtype.itemsize == 2 for x in layers for t in (x.lora_A, x.lora_B, x.left, x.right) if t is not None)
     return torch.float64 if wide and not half else dtype
+
+
+class Arithmetic(NamedTuple):
+    """What a class of layers is computed in: accumulators, ``input_precision`` of dots, and a key of the tile tables."""
+
+    dtype: torch.dtype
+    dots: str
+    products: str
+
+
+def arithmetic(precision: str, layers: Sequence[Layer]) -> Arithmetic:
+    """The arithmetic of the Hadamard kernels for a precision asked for.
+
+    "ieee" takes float64 where that costs nothing: single entries of ``ΔW ⊙ W`` and the terms of gram cancel, and fp32
+    products are then not exact enough for a result exact to fp32.
+    """
+    target = device_key(layers[0].lora_A.device)
+    dtype = sums_dtype(precision == "ieee" and target in FAST_FLOAT64, layers)
+    dots = dot_precision(precision, dtype, layers[0].lora_A.device)
+    return Arithmetic(dtype, dots, "float64" if dtype == torch.float64 else dots)
 
 
 def weight_arguments(weight: Tensor | float, like: Tensor) -> tuple[Tensor, float]:

@@ -13,7 +13,7 @@ from ..dispatch import device_key
 from ..grouped import Layer
 from . import records
 from . import stream_kernels as kernels
-from .launch import TL_DTYPES, dot_precision, weight_arguments
+from .launch import TL_DTYPES, arithmetic, weight_arguments
 from .tables import (
     address_key,
     batches,
@@ -82,10 +82,9 @@ class StreamLaunches(NamedTuple):
 
 def prepare_stream(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> StreamLaunches:
     """Hadamard penalty by tiles, of factors or of a stored past; arguments as :func:`gram.prepare_gram`."""
-    dtype, device = layers[0].dtype, layers[0].lora_A.device
-    precision = dot_precision(precision, dtype, device)
+    dtype, precision, products = arithmetic(precision, layers)
     _, _, r, k = layers[0].sizes
-    tile = stream_tile(device_key(device), precision)
+    tile = stream_tile(device_key(layers[0].lora_A.device), products)
     sizes = stream_constants(r, k, tile)
     energy = layers[0].row_energy is not None
     key = ("stream", *sizes.values(), energy, dtype, side_classes(layers[0]), tuple(positions), *address_key(layers))

@@ -77,6 +77,7 @@ STREAM_TILES: dict[str, dict[str, StreamTile]] = {
         "tf32x3": StreamTile(64, 32, 32, 64, 32, 4),
         "tf32": StreamTile(64, 32, 64, 128, 32, 4),
         "ieee": StreamTile(32, 32, 32, 16, 16, 4),
+        "float64": StreamTile(32, 32, 16, 16, 16, 4),
     },
     "sm_90": {"tf32x3": StreamTile(64, 32, 64, 128, 32, 4)},
     # More components would not fit the tensor memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,6 +53,23 @@ def factors(out, in_, r, k, *, dtype=torch.float32, kind="random", seed=0, energ
         raise ValueError(kind)
     past = ek.truncate(left, right, max(1, k // 2)) if energy else ek.LowRank(left, right)
     return a.to(dtype), b.to(dtype), cast(past, dtype)
+
+
+@cache
+def vanishing_overlap():
+    """float32 factors trained until they overlap far less with their past than by chance: gram's terms cancel."""
+    a, b, past = factors(128, 128, 8, 8, dtype=torch.float64, seed=3)
+    past_squared = (past.left @ past.right).square()
+    optimizer = torch.optim.Adam([a.requires_grad_(), b.requires_grad_()], lr=0.02)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        squared = (b @ a).square()
+        chance = squared.mean() * past_squared.mean() * squared.numel()
+        overlap = (squared * past_squared).sum() / chance
+        overlap.backward()
+        optimizer.step()
+    assert overlap < 5e-3, "the case must overlap far less than chance"
+    return a.detach().float(), b.detach().float(), cast(past, torch.float32)
 
 
 def cast(past, dtype):

@@ -66,11 +66,12 @@ for module in (gram, launch, spectral, stream):
     module.device_key = lambda device: "sm_90"
 found = {}
 for algorithm in ("gram", "stream", "dense", "spectral"):
-    for dtype, past_dtype, weight in (
-        (torch.float32, torch.float32, torch.tensor(2.0)),
-        (torch.bfloat16, torch.bfloat16, None),
-        (torch.float64, torch.float64, None),
-        (torch.bfloat16, torch.float64, None),
+    for dtype, past_dtype, weight, precision in (
+        (torch.float32, torch.float32, torch.tensor(2.0), "auto"),
+        (torch.float32, torch.float32, None, "ieee"),
+        (torch.bfloat16, torch.bfloat16, None, "auto"),
+        (torch.float64, torch.float64, None, "auto"),
+        (torch.bfloat16, torch.float64, None, "auto"),
     ):
         layers = [factors(64, 96, 8, 8, seed=i) for i in range(2)]
         As, Bs = [layer[0].to(dtype) for layer in layers], [layer[1].to(dtype) for layer in layers]
@@ -78,8 +79,8 @@ for algorithm in ("gram", "stream", "dense", "spectral"):
         grads = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
         operands = functional._operands(As, Bs, pasts, [1.0, 2.0], algorithm)
         launched.clear()
-        ops.add_penalty_grad_(*operands, *grads, weight, 3.0, "triton", "auto")
-        found[f"{algorithm} {dtype} {past_dtype}"] = list(launched)
+        ops.add_penalty_grad_(*operands, *grads, weight, 3.0, "triton", precision)
+        found[f"{algorithm} {dtype} {past_dtype} {precision}"] = list(launched)
 print(json.dumps(found))
 """
 
@@ -92,7 +93,7 @@ def test_every_launch_site_passes_the_real_compiler():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 16
+    assert len(found) == 20
     assert {name: len(launched) for name, launched in found.items()} == dict.fromkeys(found, 3)
 
 
@@ -140,7 +141,7 @@ def test_matrix_units_are_used(compiled, target, instruction):
 
 def test_every_precision_has_a_tile_on_every_device():
     for target in (*TARGETS, "sm_75", "sm_120", "gfx1100", "cpu"):
-        assert tiles.gram_tile(target, "float64")
+        assert tiles.gram_tile(target, "float64") and tiles.stream_tile(target, "float64")
         for precision in ("tf32x3", "tf32", "ieee"):
             assert tiles.gram_tile(target, precision) and tiles.stream_tile(target, precision)
             assert tiles.spectral_tile(target, precision)
