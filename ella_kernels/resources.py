@@ -3,7 +3,7 @@
     python -m ella_kernels.resources                     # a Markdown table
     python -m ella_kernels.resources --target sm_90 --json
 
-Numbers come from the compiler: the cubin's resource usage for NVIDIA, the assembly's metadata for AMD.
+Numbers come from the compiler: the cubin's resource usage and machine code for NVIDIA, the assembly's metadata for AMD.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .dispatch import interpreted
+from .loops import inner_loops, listing
 
 __all__ = ["SHARED_LIMITS", "TARGETS", "Resources", "Unit", "compile_unit", "markdown", "units"]
 
@@ -45,7 +46,13 @@ class Unit(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What the compiler says. ``spills``: bytes of stack per thread on NVIDIA, spilled vector registers on AMD."""
+    """What the compiler says.
+
+    Attributes:
+        spills: bytes of stack per thread on NVIDIA, spilled vector registers on AMD.
+        steps: instructions of each innermost loop, matrix products among them after a colon; sm_80 and sm_90 only,
+            since sm_100 waits in code that jumps into its loops.
+    """
 
     kernel: str
     problem: str
@@ -56,6 +63,7 @@ class Resources(NamedTuple):
     spills: int
     shared: int
     instruction: str
+    steps: str = ""
 
 
 def _products(target: str) -> list[str]:
@@ -151,9 +159,12 @@ def compile_unit(unit: Unit) -> Resources:
         options={"num_warps": unit.warps, "num_stages": unit.stages},
     )
     registers, spills, instruction = _nvidia(compiled) if nvidia else _amd(compiled)
+    steps = ""
+    if unit.target in ("sm_80", "sm_90"):
+        steps = ", ".join(f"{a}:{b}" if b else str(a) for a, b in inner_loops(listing(compiled.asm["cubin"])))
     return Resources(
         unit.name, unit.problem, unit.target, unit.precision, unit.warps, registers, spills,
-        compiled.metadata.shared, instruction,
+        compiled.metadata.shared, instruction, steps,
     )  # fmt: skip
 
 
@@ -187,14 +198,14 @@ def _amd(compiled) -> tuple[int, int, str]:
 def markdown(rows: list[Resources]) -> str:
     """The table as Markdown."""
     lines = [
-        "| kernel | problem | target | products | warps | registers | spills | shared memory | instruction |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kernel | problem | target | products | warps | registers | spills | shared memory | instruction | steps |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         shared = f"{row.shared / 1024:.1f} KB"
         lines.append(
             f"| `{row.kernel}` | {row.problem} | {row.target} | {row.precision} | {row.warps} | {row.registers} | "
-            f"{row.spills} | {shared} | {row.instruction} |"
+            f"{row.spills} | {shared} | {row.instruction} | {row.steps} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ from ..dispatch import interpreted
 
 __all__ = ["dot", "dot_self"]
 
-# The interpreter multiplies bf16 as integers: there the two parts stay fp32.
+# The interpreter multiplies bf16 as integers: there the two parts are fp32 numbers that bf16 holds.
 _INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -26,14 +26,20 @@ def _split_tf32(b_x):
 
 
 @triton.jit
+def _round_bf16(b_x):
+    # By an integer sum: conversions one at a time would be bound by their own, slow, pipe.
+    return ((b_x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _split_bf16(b_x):
-    # Rounding by an integer sum: conversions one at a time would be bound by their own, slow, pipe.
-    b_bits = b_x.to(tl.int32, bitcast=True) + 32768
-    b_low = b_x - (b_bits & -65536).to(tl.float32, bitcast=True)
+    b_high = _round_bf16(b_x)
+    b_low = b_x - b_high
     if _INTERPRETED:
-        return (b_bits & -65536).to(tl.float32, bitcast=True), b_low
+        return b_high, _round_bf16(b_low)
     else:
-        return (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), b_low.to(tl.bfloat16)
+        b_bits = b_high.to(tl.int32, bitcast=True) >> 16
+        return b_bits.to(tl.int16).to(tl.bfloat16, bitcast=True), b_low.to(tl.bfloat16)
 
 
 @triton.jit
@@ -62,7 +68,7 @@ def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def dot_self(b_x, b_acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """``b_acc`` plus a matrix whose symmetric part is ``b_xᵀ @ b_x``: two tf32 products where :func:`dot` needs three."""
+    """``b_acc`` plus a matrix whose symmetric part is ``b_xᵀ @ b_x``: two tf32 products, not three."""
     if PRECISION == "tf32x3":
         b_high, b_low = _split_tf32(b_x)
         b_acc = tl.dot(tl.trans(b_high), b_high, b_acc, input_precision="tf32", out_dtype=ACC)

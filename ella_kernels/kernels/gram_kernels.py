@@ -119,7 +119,7 @@ def _products_item(
     b0 = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TR)
     c0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_FIRST).to(tl.int32), TK)
     d0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_SECOND).to(tl.int32), TK)
-    if R <= TR and K <= TK:
+    if R <= TR and K <= TK:  # noqa: SIM114 - the compiler's choice, the next one the program's
         b_block = _block(
             p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True, LAST
         )  # fmt: skip
@@ -158,9 +158,9 @@ def _energy_item(
 @triton.jit
 def gram_fwd_kernel_blocks(
     p_sides, p_items, p_blocks, p_totals, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
-    ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TR: tl.constexpr, TK: tl.constexpr,
-    TE: tl.constexpr,
+    ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TR: tl.constexpr,
+    TK: tl.constexpr, TE: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = R * (R + 1) // 2
     STRIDE: tl.constexpr = (Q + 3) // 4 * 4
@@ -173,13 +173,13 @@ def gram_fwd_kernel_blocks(
     if ENERGY and tl.load(p_item + ITEM_PAST_FIRST) >= K:
         if is_last:
             _energy_item(
-                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TE,
-                True,
+                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC,
+                PRECISION, BM, TE, True,
             )  # fmt: skip
         else:
             _energy_item(
-                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TE,
-                False,
+                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC,
+                PRECISION, BM, TE, False,
             )  # fmt: skip
     elif K > 0:
         if is_last:

@@ -102,7 +102,7 @@ def sums_dtype(wide: bool, layers: Sequence[Layer]) -> torch.dtype:
 
 
 class Arithmetic(NamedTuple):
-    """What a class of layers is computed in: accumulators, ``input_precision`` of dots, and a key of the tile tables."""
+    """What a class of layers is computed in: accumulators, precision of dots, and a key of the tile tables."""
 
     dtype: torch.dtype
     dots: str

@@ -15,7 +15,7 @@ def load_products(
     p_x, s_xr, s_xc, first_x, p_y, s_yr, s_yc, first_y, o_row, m_row, NX: tl.constexpr, NY: tl.constexpr,
     BM: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """``[BM, TX * TY]`` products ``x[i, a]·y[i, c]`` in column ``(a, c)``, components counted from ``first_x, first_y``.
+    """``[BM, TX * TY]`` products ``x[i, a]·y[i, c]`` in column ``(a, c)``, components from ``first_x``, ``first_y``.
 
     Two narrow tiles are read and multiplied out in registers. ``NX``, ``NY``: how many components there are; products
     beyond are zero.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ella_kernels as ek
-from tests.kernels.cases import BOUND, SHAPES, LargestTensor, cast, exact, factors, relative_error, vanishing_overlap
+from tests.kernels.cases import BOUND, SHAPES, LargestTensor, exact, factors, relative_error, vanishing_overlap
 
 ALGORITHMS = ["gram", "stream", "dense", "auto"]
 KINDS = ["random", "correlated", "tiny", "outliers", "disjoint"]

@@ -86,7 +86,7 @@ def test_is_accurate_on_hard_data(algorithm, kind):
 @pytest.mark.parametrize("kind", ["correlated", "tiny", "outliers", "disjoint", "vanishing"])
 @pytest.mark.parametrize("algorithm", ["gram", "stream", "dense"])
 def test_ieee_is_exact_to_fp32_even_where_terms_cancel(algorithm, kind):
-    """Outlier channels that miss each other cancel in gram a hundred-thousandfold, a vanishing overlap a thousandfold."""
+    """Outlier channels that miss each other make gram cancel 4e5-fold, a vanishing overlap a thousandfold."""
     a, b, past = vanishing_overlap() if kind == "vanishing" else factors(96, 130, 8, 8, kind=kind)
     expected = exact(a, b, past, 2.0)
     if algorithm == "dense":
@@ -98,16 +98,15 @@ def test_ieee_is_exact_to_fp32_even_where_terms_cancel(algorithm, kind):
     check((value[0], *grads), expected, BOUND[torch.float32])
 
 
-@pytest.mark.parametrize("kind", ["random", "outliers", "disjoint"])
 @pytest.mark.parametrize("r, k", [(8, 8), (5, 20)], ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_products_written_out_are_near_fp32(algorithm, r, k, kind, monkeypatch):
-    """What "auto" is on tensor cores: the interpreter multiplies the high and low parts exactly, their sum is tested."""
+def test_products_written_out_are_near_fp32(algorithm, r, k, monkeypatch):
+    """What "auto" is on tensor cores, on ragged tiles and energies; hard data is in test_precision.py."""
     from ella_kernels.kernels import launch, spectral
 
     for module in (launch, spectral):
         monkeypatch.setattr(module, "dot_precision", lambda *_: "tf32x3")
-    a, b, past = factors(75, 53, r, k, seed=2, kind=kind, energy=algorithm != "spectral" and k == 20)
+    a, b, past = factors(75, 53, r, k, seed=2, energy=algorithm != "spectral" and k == 20)
     # Three bf16 products leave out 2⁻¹⁶ of Σ|L||R|, three tf32 ones 2⁻²⁰.
     bound = 1e-4 if algorithm == "stream" else 1e-5
     check(run(a, b, past, 0.5, algorithm), exact(a, b, past, 0.5, name=penalty_of(algorithm)), bound)
