@@ -67,12 +67,11 @@ def signature(
     grads_B: Sequence[Tensor],
     weight: float | Tensor,
     options: tuple[str, ...],
-) -> tuple | None:
-    """Everything that checks, choices and tables of an in-place call depend on; None where that cannot be told.
+) -> Signature | None:
+    """The signature of an in-place call, which the weight is not part of; None where none can be given.
 
-    None means an unusual call: tensor subclasses, tensors without memory of their own, wrong types, a past that
-    requires grad, or a call that is being traced or captured. The weight may change from call to call. The signature
-    holds no tensor.
+    That is an unusual call: tensor subclasses, tensors without memory of their own, wrong types, a past that requires
+    grad, or a call that is being traced or captured.
     """
     if torch.compiler.is_compiling() or _is_intercepted():
         return None
@@ -88,7 +87,6 @@ def signature(
         entries.extend(compress(pasts, map(not_, is_factored)))
         is_present = tuple(map(is_not, entries, repeat(None)))
         frozen = list(compress(entries, is_present))
-        # The gradients first: they are what moves, so a comparison ends early.
         tensors = [*grads_A, *grads_B, *lora_As, *lora_Bs, *frozen]
         if not _TENSORS.issuperset(map(type, tensors)) or any(map(_requires_grad, frozen)):
             return None
