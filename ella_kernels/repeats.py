@@ -99,8 +99,11 @@ def signature(
         if 0 in addresses and any(compress(map(Tensor.numel, tensors), map(not_, addresses))):
             return None
         grad_base, n_grads = addresses[0], lengths[4] + lengths[5]
+        # Tables serve the stream that they were copied on.
+        stream = torch.cuda.current_stream(tensors[0].device).cuda_stream if tensors[0].is_cuda else None
         key = (
             lengths,
+            stream,
             options,
             os.environ.get("TRITON_INTERPRET"),
             tuple(map(sub, addresses[:n_grads], repeat(grad_base))),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..grouped import Layer
 from . import records
-from .launch import TL_DTYPES, capturing
+from .launch import TL_DTYPES, capturing, current_stream
 
 __all__ = [
     "SideClass",
@@ -114,14 +114,21 @@ def batches(layers: Sequence[Layer], slots: Sequence[int], limit: int) -> list[l
 
 
 def cached(key: tuple, build: Callable[[], object]):
-    """The table for ``key``, built on a miss; the least recently used is dropped, unless a CUDA graph holds it."""
-    table = _captured.get(key) or _tables.get(key) or build()
-    _tables[key] = table
-    _tables.move_to_end(key)
+    """The table for ``key``, built on a miss; the least recently used is dropped, unless a CUDA graph holds it.
+
+    A table is copied to the device on the stream that is current, and serves that stream only: another one could read
+    it too early. A graph being captured takes what its warm-up built, on whatever stream; what is built during the
+    capture is filled by replays only, so nothing but the graph takes it.
+    """
+    if capturing():
+        built = (table for (other, _), table in _tables.items() if other == key)
+        _captured[key] = table = _captured.get(key) or next(built, None) or build()
+        return table
+    placed = key, current_stream()
+    _tables[placed] = table = _tables.get(placed) or build()
+    _tables.move_to_end(placed)
     if len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
-    if capturing():
-        _captured[key] = table
     return table
 
 

@@ -302,8 +302,24 @@ def test_tables_are_bounded_but_those_of_a_graph_are_kept(monkeypatch):
     for i in range(2 * tables._MAX_TABLES):
         tables.cached(i, lambda: ["plan"])
     assert len(tables._tables) == tables._MAX_TABLES
+    # Filled by replays only: a plain call must not read it.
+    assert tables.cached("captured", lambda: ["another"]) is not captured
+    monkeypatch.setattr(tables, "capturing", lambda: True)
     assert tables.cached("captured", lambda: ["another"]) is captured
     assert tables.cached("dropped", lambda: ["another"]) is not dropped
+
+
+def test_a_table_serves_the_stream_it_was_copied_on(monkeypatch):
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+    monkeypatch.setattr(tables, "_captured", {})
+    on_first = tables.cached("key", lambda: ["plan"])
+    monkeypatch.setattr(tables, "current_stream", lambda: 7)
+    on_second = tables.cached("key", lambda: ["plan"])
+    assert on_second is not on_first and tables.cached("key", lambda: ["another"]) is on_second
+    # A warm-up may run on any stream; whoever captures has waited for it.
+    monkeypatch.setattr(tables, "current_stream", lambda: 8)
+    monkeypatch.setattr(tables, "capturing", lambda: True)
+    assert tables.cached("key", lambda: ["another"]) is on_first
 
 
 def count_launches(monkeypatch, module):
