@@ -18,7 +18,7 @@ from .lora import AdaptedLayer
 __all__ = ["PlainLayers", "gradients"]
 
 _modules, _parameters, _weight = attrgetter("_modules"), attrgetter("_parameters"), itemgetter("weight")
-_requires_grad, _grad, _device = map(attrgetter, ("requires_grad", "grad", "device"))
+_requires_grad, _grad, _device, _scaling = map(attrgetter, ("requires_grad", "grad", "device", "scaling"))
 _PARAMETER = frozenset({nn.Parameter})
 # Elements; at least 128 bytes in any dtype, so that vector loads of gradients stay aligned.
 _ALIGNMENT = 64
@@ -44,6 +44,10 @@ class PlainLayers:
         if found is None or not _PARAMETER.issuperset(map(type, found)) or not all(map(_requires_grad, found)):
             return None
         return found if len(set(map(_device, found))) == 1 else None
+
+    def scalings(self, adapter: str) -> tuple[float, ...] | None:
+        """``α/r`` of each layer as it is now; None where factors are not found either."""
+        return tuple(map(itemgetter(adapter), map(_scaling, self._lora_modules))) or None
 
     def _weights(self, name: str, adapter: str):
         holders = map(itemgetter(name), map(_modules, self._lora_modules))

@@ -177,7 +177,7 @@ class EllaRegularizer:
     # --- the past as the penalty sees it -----------------------------------------------------------------------------
 
     def _current_terms(self) -> _Terms:
-        """Made at a fold and whenever a stored factor was moved or written; kept otherwise."""
+        """Made at a fold and whenever a stored factor was moved or written, or a scaling set; kept otherwise."""
         if self.config.keep_past == "adapter":
             for layer in self._hookless:
                 activate_past(layer)
@@ -185,10 +185,14 @@ class EllaRegularizer:
         if factors is None:
             parts = [(read_past(self.layers[i]) or ())[:1] for i in self._penalised]
             factors = [factor for part in parts for past in part for factor in past[:2]]
+        adapter = self.config.adapter_name
         key = (
+            self._plain.scalings(adapter) or tuple(self.layers[i].scaling() for i in self._penalised),
             tuple(map(Tensor.data_ptr, factors)),
             tuple(map(attrgetter("_version"), factors)),
             tuple(map(attrgetter("device"), factors)),
+            tuple(map(Tensor.size, factors)),
+            tuple(map(Tensor.stride, factors)),
         )
         if self._terms is None or self._terms.key != key:
             terms = [term for i in self._penalised for term in self._layer_terms(i)]

@@ -82,6 +82,16 @@ def swap_past_data(model, reg):
     a.data = 3 * a.data
 
 
+def narrow_past(model, reg):
+    """Fewer components at the same addresses."""
+    a, b = reg.layers[1].parameters(PAST)
+    a.data, b.data = a.data[:2], b.data[:, :2]
+
+
+def set_scale(model, reg):
+    reg.layers[1].module.set_scale("default", 3.0)
+
+
 def fold(model, reg):
     reg.end_task("second")
     randomise(model, 5)
@@ -104,8 +114,8 @@ def freeze(model, reg):
 
 
 CHANGES = [
-    replace_parameter, replace_module, swap_data, replace_past, write_past, swap_past_data, fold, delete_past,
-    to_bfloat16, to_float64, freeze,
+    replace_parameter, replace_module, swap_data, replace_past, write_past, swap_past_data, narrow_past,
+    set_scale, fold, delete_past, to_bfloat16, to_float64, freeze,
 ]  # fmt: skip
 
 
