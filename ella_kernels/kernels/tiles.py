@@ -51,6 +51,8 @@ GRAM_TILES: dict[str, dict[str, GramTile]] = {
     "sm_90": {"tf32x3": _GRAM_WGMMA, "tf32": _GRAM_WGMMA, "ieee": GramTile(32, 32, 4, 64, 8, 4, 4)},
     "sm_100": {"tf32x3": _GRAM_TCGEN05, "tf32": _GRAM_TCGEN05},
     "gfx942": {"ieee": GramTile(32, 64, 4, 64, 8, 8, 4)},
+    # The interpreter: no registers to save, and every step is slow.
+    "cpu": {"ieee": GramTile(64, 64, 4, 64, 8, 8, 4), "float64": GramTile(64, 64, 4, 64, 8, 8, 4)},
 }
 
 

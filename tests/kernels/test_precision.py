@@ -19,6 +19,7 @@ import torch
 from triton.runtime import interpreter
 
 import ella_kernels as ek
+from ella_kernels import repeats
 from ella_kernels.kernels import launch, spectral
 from tests.kernels.cases import exact, factors, relative_error, vanishing_overlap
 
@@ -55,6 +56,8 @@ def emulate(monkeypatch, precision):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     for module in (launch, spectral):
         monkeypatch.setattr(module, "dot_precision", lambda *_: precision)
+    # An equal call before was prepared in another precision.
+    monkeypatch.setattr(repeats, "_calls", [])
 
 
 def error(kind, algorithm):

@@ -153,5 +153,5 @@ def test_compiling_under_the_interpreter_is_refused():
 
 
 def test_markdown_has_a_row_each():
-    row = Resources("k", "r 8", "sm_90", "tf32", 4, 128, 0, 2048, "wgmma")
-    assert markdown([row]).splitlines()[2] == "| `k` | r 8 | sm_90 | tf32 | 4 | 128 | 0 | 2.0 KB | wgmma |"
+    row = Resources("k", "r 8", "sm_90", "tf32", 4, 128, 0, 2048, "wgmma", "222:8, 81")
+    assert markdown([row]).splitlines()[2] == "| `k` | r 8 | sm_90 | tf32 | 4 | 128 | 0 | 2.0 KB | wgmma | 222:8, 81 |"
