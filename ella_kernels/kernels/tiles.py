@@ -85,6 +85,7 @@ STREAM_TILES: dict[str, dict[str, StreamTile]] = {
     # More components would not fit the tensor memory.
     "sm_100": {"tf32x3": StreamTile(128, 64, 32, 64, 64, 8)},
     "gfx942": {"ieee": StreamTile(64, 64, 64, 32, 32, 4)},
+    "cpu": {"ieee": StreamTile(64, 64, 64, 16, 16, 4), "float64": StreamTile(64, 64, 64, 16, 16, 4)},
 }
 
 

@@ -18,17 +18,19 @@ MATRIX_KERNELS = {"gram_fwd_kernel_blocks", "gram_bwd_kernel_factors", "stream_k
 
 @pytest.fixture(scope="module")
 def compiled():
-    # A process of its own: this one has decorated the kernels for the interpreter.
+    # Processes of their own: this one has decorated the kernels for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "ella_kernels.resources", "--json"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [Resources(**row) for row in json.loads(done.stdout)]
+    command = [sys.executable, "-m", "ella_kernels.resources", "--json", "--target"]
+    running = [
+        subprocess.Popen([*command, t], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for t in TARGETS
+    ]
+    rows = []
+    for process in running:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        rows += [Resources(**row) for row in json.loads(output)]
+    return rows
 
 
 LAUNCHES = """
