@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-__all__ = ["Loop", "inner_loops", "listing"]
+__all__ = ["Loop", "cuobjdump", "inner_loops"]
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*([^;]*);")
 _MATRIX = ("HGMMA", "HMMA", "DMMA", "QGMMA")
@@ -26,14 +26,14 @@ class Loop(NamedTuple):
     matrix: int
 
 
-def listing(cubin: bytes) -> str:
-    """The machine code of a cubin as text, by the disassembler that Triton ships."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the disassembler that Triton ships says of a cubin: "-sass" its code, "--dump-resource-usage" its needs."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from .dispatch import interpreted
-from .loops import inner_loops, listing
+from .loops import cuobjdump, inner_loops
 
 __all__ = ["SHARED_LIMITS", "TARGETS", "Resources", "Unit", "compile_unit", "markdown", "units"]
 
@@ -161,7 +159,9 @@ def compile_unit(unit: Unit) -> Resources:
     registers, spills, instruction = _nvidia(compiled) if nvidia else _amd(compiled)
     steps = ""
     if unit.target in ("sm_80", "sm_90"):
-        steps = ", ".join(f"{a}:{b}" if b else str(a) for a, b in inner_loops(listing(compiled.asm["cubin"])))
+        steps = ", ".join(
+            f"{a}:{b}" if b else str(a) for a, b in inner_loops(cuobjdump(compiled.asm["cubin"], "-sass"))
+        )
     return Resources(
         unit.name, unit.problem, unit.target, unit.precision, unit.warps, registers, spills,
         compiled.metadata.shared, instruction, steps,
@@ -173,18 +173,8 @@ def _first(text: str, patterns: tuple[str, ...]) -> str:
 
 
 def _nvidia(compiled) -> tuple[int, int, str]:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        done = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    needs = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", needs)}
     ptx = compiled.asm["ptx"]
     return usage["REG"], usage["STACK"] + usage["LOCAL"], _first(ptx, ("tcgen05.mma", "wgmma", "mma.sync", "fma.rn"))
 

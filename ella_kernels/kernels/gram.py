@@ -155,7 +155,7 @@ def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[in
 
     Args:
         layers: checked layers with low-rank pasts, none of them zero by shape, of one class and device.
-        precision: "auto", "ieee" or "tf32", see :func:`launch.dot_precision`.
+        precision: "auto", "ieee" or "tf32", see :func:`launch.arithmetic`.
         positions: layer ``i``'s unweighted value is number ``positions[i]`` of the values.
     """
     dtype, precision, products = arithmetic(precision, layers)

@@ -38,6 +38,7 @@ from .records import (
 )
 from .sides import (
     add_tile,
+    count_rows,
     inverse_or_zero,
     load_scaling,
     load_tile,
@@ -62,9 +63,7 @@ def _block(
     b_block = tl.zeros((TR * TK, TR * TK), dtype=ACC)
     p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
     p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, LAST)
-    n_rows = (stop - start).to(tl.int32)
-    if ALIGNED:
-        n_rows = tl.multiple_of(n_rows, 4)
+    n_rows = count_rows(start, stop, ALIGNED)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
@@ -94,9 +93,7 @@ def _energy_block(
     b_total = tl.zeros((BM,), dtype=ACC)
     p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
     p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
-    n_rows = (stop - start).to(tl.int32)
-    if ALIGNED:
-        n_rows = tl.multiple_of(n_rows, 4)
+    n_rows = count_rows(start, stop, ALIGNED)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
@@ -119,11 +116,8 @@ def _products_item(
     b0 = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TR)
     c0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_FIRST).to(tl.int32), TK)
     d0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_SECOND).to(tl.int32), TK)
-    if R <= TR and K <= TK:  # noqa: SIM114 - the compiler's choice, the next one the program's
-        b_block = _block(
-            p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True, LAST
-        )  # fmt: skip
-    elif (a0 == b0) & (c0 == d0):
+    # With one tile the compiler knows.
+    if (R <= TR and K <= TK) or ((a0 == b0) & (c0 == d0)):
         b_block = _block(
             p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True, LAST
         )  # fmt: skip
@@ -257,6 +251,15 @@ def _coefficients(
 
 
 @triton.jit
+def _columns(a0, b0, R: tl.constexpr, STRIDE: tl.constexpr, GR: tl.constexpr):
+    # Rows of a Gram block for the columns (b, a) of a tile, in which the sum over b stays within a lane.
+    o_ba = tl.arange(0, GR * GR)
+    o_a, o_b = a0 + o_ba % GR, b0 + o_ba // GR
+    o_ab = pair_index(tl.minimum(o_a, o_b), tl.maximum(o_a, o_b), R, 1) * STRIDE
+    return o_ab, (o_a < R) & (o_b < R)
+
+
+@triton.jit
 def _factor_grads(
     p_side, p_c, grad_base, start, stop, scale, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
     ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr,
@@ -268,24 +271,17 @@ def _factor_grads(
     p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, LAST)
     p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
     p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
-    n_rows = (stop - start).to(tl.int32)
-    if ALIGNED:
-        n_rows = tl.multiple_of(n_rows, 4)
-    # Columns (b, a): the sum over b then stays within a lane.
-    o_ba = tl.arange(0, GR * GR)
+    n_rows = count_rows(start, stop, ALIGNED)
     if R <= GR and K <= GK:
-        o_a, o_b = o_ba % GR, o_ba // GR
-        o_ab = pair_index(tl.minimum(o_a, o_b), tl.maximum(o_a, o_b), R, 1) * STRIDE
-        b_c = _coefficients(p_c, o_ab, (o_a < R) & (o_b < R), 0, 0, K, ACC, GK)
+        o_ab, m_ab = _columns(0, 0, R, STRIDE, GR)
+        b_c = _coefficients(p_c, o_ab, m_ab, 0, 0, K, ACC, GK)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
         for a0 in range(0, R, GR):
             b_grad = tl.zeros((BM, GR), dtype=ACC)
             for b0 in range(0, R, GR):
-                o_a, o_b = a0 + o_ba % GR, b0 + o_ba // GR
-                m_ab = (o_a < R) & (o_b < R)
-                o_ab = pair_index(tl.minimum(o_a, o_b), tl.maximum(o_a, o_b), R, 1) * STRIDE
+                o_ab, m_ab = _columns(a0, b0, R, STRIDE, GR)
                 b_w = tl.zeros((BM, GR * GR), dtype=ACC)
                 if R <= GR and K <= GK:
                     b_yy = load_products(

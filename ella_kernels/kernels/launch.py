@@ -83,8 +83,8 @@ def multiprocessors(device: torch.device) -> int:
 def target_precision(precision: str, target: str) -> str:
     """``input_precision`` of the kernels' fp32 dots on a target such as "sm_90" or "gfx942".
 
-    "auto" is three tf32 products per product (error near fp32's) where tensor cores have tf32, else exact fp32: the
-    gram form cancels once training has driven the overlap down, and plain tf32 would then be off by a per cent.
+    "auto" is compensated products (:mod:`dots`; stream takes bf16 for most of its own) where tensor cores have tf32,
+    else exact fp32: terms cancel once training has driven the overlap down, and plain tf32 would be off by a per cent.
     """
     # Triton has no compensated products for the tf32 (xf32) of gfx942, whose exact ones are matrix instructions anyway.
     if not target.startswith("sm_") or int(target[3:]) < 80:

@@ -23,6 +23,7 @@ from .records import (
 
 __all__ = [
     "add_tile",
+    "count_rows",
     "inverse_or_zero",
     "load_scaling",
     "load_tile",
@@ -68,6 +69,15 @@ def side_past(p_side, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COMPONEN
     """As :func:`side_factor`, for the factor of the past; a stored past has the other side's rows as components."""
     s_row, s_comp = tl.load(p_side + PAST_ROW), tl.load(p_side + PAST_COMP)
     return _matrix(tl.load(p_side + PAST_PTR), s_row, s_comp, start, ALIGNED, COMPONENTS_LAST, TYPE)
+
+
+@triton.jit
+def count_rows(start, stop, ALIGNED: tl.constexpr):
+    """``stop - start`` as an int32; ALIGNED promises a multiple of four."""
+    n_rows = (stop - start).to(tl.int32)
+    if ALIGNED:
+        n_rows = tl.multiple_of(n_rows, 4)
+    return n_rows
 
 
 @triton.jit

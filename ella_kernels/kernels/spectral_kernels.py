@@ -28,7 +28,17 @@ from .records import (
     SCALING_BITS,
     SIDE,
 )
-from .sides import add_tile, load_scaling, load_tile, load_weight, side_factor, side_grad, side_past, store_value
+from .sides import (
+    add_tile,
+    count_rows,
+    load_scaling,
+    load_tile,
+    load_weight,
+    side_factor,
+    side_grad,
+    side_past,
+    store_value,
+)
 
 __all__ = ["spectral_bwd_kernel_factors", "spectral_fwd_kernel_blocks", "spectral_fwd_kernel_reduce"]
 
@@ -42,9 +52,7 @@ def _block(
     b_block = tl.zeros((BK, BR), dtype=ACC)
     p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, COMPONENTS_LAST)
     p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
-    n_rows = (stop - start).to(tl.int32)
-    if ALIGNED:
-        n_rows = tl.multiple_of(n_rows, 4)
+    n_rows = count_rows(start, stop, ALIGNED)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
@@ -117,9 +125,7 @@ def _factor_grads(
 ):  # fmt: skip
     p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
     p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
-    n_rows = (stop - start).to(tl.int32)
-    if ALIGNED:
-        n_rows = tl.multiple_of(n_rows, 4)
+    n_rows = count_rows(start, stop, ALIGNED)
     o_r = tl.arange(0, BR)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)

@@ -32,6 +32,7 @@ from .records import (
 )
 from .sides import (
     add_tile,
+    count_rows,
     inverse_or_zero,
     load_scaling,
     load_tile,
@@ -93,10 +94,8 @@ def stream_kernel_factors(
     p_z, s_zr, s_zc = side_factor(p_other, 0, FACTOR_2, ALIGNED, not LAST)
     # A stored past is one matrix, described by both sides: its components are the other side's rows.
     p_l, s_lr, s_lc = side_past(p_side, start, PAST, ALIGNED, LAST)
-    n_rows = (tl.load(p_side + ROWS) - start).to(tl.int32)
-    n_other = tl.load(p_other + ROWS).to(tl.int32)
-    if ALIGNED:
-        n_rows, n_other = tl.multiple_of(n_rows, 4), tl.multiple_of(n_other, 4)
+    n_rows = count_rows(start, tl.load(p_side + ROWS), ALIGNED)
+    n_other = count_rows(0, tl.load(p_other + ROWS), ALIGNED)
     o_row = tl.arange(0, BM)
     m_row = o_row < n_rows
     o_comp = i_comp + tl.arange(0, BR)
