@@ -13,7 +13,7 @@ _CHOICES = {
     "penalty": ("hadamard", "spectral"),
     "reduction": ("sum", "mean"),
     "normalize": (None, "rms"),
-    "keep_past": ("adapter", "merge"),
+    "keep_past": ("adapter", "merge", "external"),
 }
 
 
@@ -31,8 +31,12 @@ class EllaConfig:
         include_scaling: whether ``ΔW`` carries the LoRA scaling ``α/r`` in the penalty. The past always is the true
             aggregated update, scaling included.
         normalize: "rms" divides ``W_past`` by its root mean square in every layer, which makes λ dimensionless.
-        keep_past: "adapter" keeps finished tasks' effect in a frozen adapter; "merge" adds it to fp32 base weights.
-        adapter_name: the PEFT adapter that is trained and penalised.
+        keep_past: where finished tasks act. "adapter": in the adapter ``adapter_name``, beside the one in training.
+            "merge": in the base weights (fp32, bf16 or fp16, not quantised), always as base plus the whole past, the
+            rounding reported. "external": the forward is the caller's (bases merged by another tool, say); the past is
+            data and gives the penalty only.
+        adapter_name: the PEFT adapter that is trained in the first task and from then on accumulates finished tasks;
+            the trained one is then "ella_task" (with "external" it stays this one).
         skip_unsupported: leave layers out that cannot be penalised, with a warning, instead of refusing the model.
 
     Raises:
@@ -67,8 +71,8 @@ class EllaConfig:
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
         if not isinstance(self.adapter_name, str) or not self.adapter_name:
             raise ValueError(f"adapter_name must be a non-empty string, found {self.adapter_name!r}")
-        if self.adapter_name == "ella_past":
-            raise ValueError("adapter_name must not be 'ella_past': that adapter holds the past")
+        if self.adapter_name in ("ella_past", "ella_task"):
+            raise ValueError(f"adapter_name must not be {self.adapter_name!r}: that name is ELLA's own")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain json; the inverse is :meth:`from_dict`."""
@@ -78,7 +82,7 @@ class EllaConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> EllaConfig:
         """Raises ValueError for a field this version does not know."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(map(str, set(data) - known))
         if unknown:
             raise ValueError(f"unknown EllaConfig fields {unknown}; this version knows {sorted(known)}")
         return cls(**data)

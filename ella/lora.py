@@ -1,15 +1,17 @@
 """Every LoRA layer of a PEFT model as factors: ``ΔW = scaling · B @ A`` with ``A (r, in)`` and ``B (out, r)``.
 
-What PEFT stores differs by layer kind; the views here give all of them one shape. Layers whose update is not
+What PEFT stores differs by layer kind; the classes here give all of them one shape. Layers whose update is not
 ``scaling · B @ A`` are refused with the reason.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from peft import PeftModel
@@ -17,8 +19,19 @@ from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
 from torch import Tensor, nn
 
-__all__ = ["AdaptedLayer", "adapted_layers", "unsupported_config"]
+__all__ = [
+    "STATE_PREFIX", "AdaptedLayer", "adapted_layers", "join_parts", "split_parts", "unsupported_config",
+]  # fmt: skip
 
+# What PEFT's state dicts put before the path of a module.
+STATE_PREFIX = "base_model.model."
+# Attributes of PEFT's A and B modules that tell the rank, with the weight's dimension that they repeat.
+_SIZES = {
+    nn.Linear: (("in_features", 1), ("out_features", 0)),
+    nn.Conv1d: (("in_channels", 1), ("out_channels", 0)),
+    nn.Conv2d: (("in_channels", 1), ("out_channels", 0)),
+    nn.Conv3d: (("in_channels", 1), ("out_channels", 0)),
+}
 # Variants whose update is not scaling · B @ A on every token, by the PEFT class that implements them.
 _VARIANTS = {
     "Dora": "DoRA rescales every row by a trained magnitude over the norm of base weight and update together",
@@ -32,38 +45,64 @@ _VARIANTS = {
 }
 # Initialisations that subtract something from the base weight: a fresh adapter would do so again for every task.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields of a LoraConfig that make parameters train which no LoRA factor holds, or change how the factors act.
+_REFUSED_FIELDS = {
+    "trainable_token_indices": "trained token embeddings are no LoRA factors: they would not be in the past",
+    "megatron_config": "Megatron tensor-parallel layers hold shards of the factors",
+    "velora_config": "VeLoRA replaces the forward through which finished tasks act",
+}
+# Fields that are read here or by PEFT's layers alone, or that a variant or an initialisation refused above comes with.
+_KNOWN_FIELDS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "use_qalora",
+    "qalora_group_size", "alora_invocation_tokens", "monteclora_config", "layer_replication", "runtime_config",
+    "lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One PEFT LoRA layer.
+    """One PEFT LoRA layer, the usual case: ``lora_A`` and ``lora_B`` are linear maps and their weights the factors.
 
     Attributes:
         name: path of the module in the base model, with the parameter's name behind it for expert parameters.
+        path: the same as PEFT's state dicts have it, with every ``base_layer`` in it.
         module: the PEFT layer.
-        kind: "linear", "embedding", "conv", "attention" or "experts". The last two take no hook.
         adapter: name of the trained adapter.
         tied_to: name of an earlier layer whose factors share this one's storage, or None. Penalised once, there.
     """
 
     name: str
+    path: str
     module: LoraLayer
-    kind: str
     adapter: str
     tied_to: str | None = None
 
+    kind: ClassVar[str] = "linear"
+    # Whether the parameters are the factors themselves, so that a whole model can be read by loops in C.
+    plain: ClassVar[bool] = True
+    # Why the update cannot be added to a base weight, or None.
+    unmergeable: ClassVar[str | None] = None
+
     def parameters(self, adapter: str | None = None) -> tuple[nn.Parameter, nn.Parameter]:
-        """``(A, B)`` as PEFT stores them, in whatever shape."""
+        """``(A, B)`` as PEFT stores them, in whatever shape. Raises KeyError where the layer lacks the adapter."""
         adapter = adapter or self.adapter
-        if self.kind == "embedding":
-            return self.module.lora_embedding_A[adapter], self.module.lora_embedding_B[adapter]
         return self.module.lora_A[adapter].weight, self.module.lora_B[adapter].weight
+
+    def has(self, adapter: str) -> bool:
+        return adapter in self.module.lora_A
 
     def bias(self, adapter: str | None = None) -> nn.Parameter | None:
         """``lora_B``'s bias ``(out,)`` where ``lora_bias`` is set; it is part of the effect, not of ``ΔW``."""
-        if self.kind == "embedding":
-            return None
         return self.module.lora_B[adapter or self.adapter].bias
+
+    def all_parameters(self, adapter: str) -> list[nn.Parameter]:
+        """Factors and bias of an adapter; empty where the layer lacks it."""
+        return (
+            [p for p in (*self.parameters(adapter), self.bias(adapter)) if p is not None] if self.has(adapter) else []
+        )
 
     def scaling(self, adapter: str | None = None) -> float:
         """The layer's own ``α/r`` (rsLoRA and rank or alpha patterns included)."""
@@ -72,39 +111,55 @@ class AdaptedLayer:
     @property
     def n_parts(self) -> int:
         """Products ``B @ A`` in this layer: the number of experts, else 1."""
-        return self.module.num_experts if self.kind == "experts" else 1
+        return 1
 
     def factors(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """``(A (r, in), B (out, r))`` of tensors shaped like :meth:`parameters`, one pair per part.
+        """:func:`split_parts` of tensors shaped like :meth:`parameters`."""
+        return split_parts(a, b, self.n_parts)
 
-        Views of contiguous tensors, so gradients can be added through them.
-        """
-        if self.kind == "conv":
-            return [(a.flatten(1), b.flatten(1))]
-        if self.kind == "experts":
-            n = self.n_parts
-            experts_a = a.view(n, -1, a.shape[1])
-            experts_b = b.view(b.shape[0], -1, n)
-            return [(experts_a[e], experts_b[:, :, e]) for e in range(n)]
-        return [(a, b)]
-
-    def pack(self, parts: list[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`factors` for new factors of ``rank`` components: tensors as PEFT stores them."""
-        if self.kind == "experts":
-            a = torch.cat([part[0] for part in parts])
-            b = torch.stack([part[1] for part in parts], dim=2)
-            return a.contiguous(), b.reshape(b.shape[0], -1).contiguous()
-        a, b = parts[0]
-        if self.kind == "conv":
-            old_a, old_b = self.parameters()
-            a, b = a.reshape(rank, *old_a.shape[1:]), b.reshape(b.shape[0], rank, *old_b.shape[2:])
-        return a.contiguous(), b.contiguous()
+    @property
+    def tails(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Dimensions of ``A`` behind the rank and of ``B`` behind ``(out, r)``."""
+        a, b = self.parameters()
+        return tuple(a.shape[1:]), tuple(b.shape[2:])
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of one part's ``ΔW``."""
         a, b = self.factors(*(p.detach() for p in self.parameters()))[0]
         return b.shape[0], a.shape[1]
+
+    def keys(self) -> tuple[str, str]:
+        """Names of ``A`` and ``B`` in a saved adapter."""
+        return f"{STATE_PREFIX}{self.path}.lora_A.weight", f"{STATE_PREFIX}{self.path}.lora_B.weight"
+
+    @torch.no_grad()
+    def write(self, adapter: str, parts: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None) -> None:
+        """Make or replace an adapter of scaling 1 with frozen float32 copies of ``parts`` and ``bias``."""
+        # float32 whatever the base: entries near 1e-8 underflow in half precision.
+        device = self.parameters()[0].device
+        a, b, *rest = (
+            nn.Parameter(t.to(device, torch.float32, copy=True), requires_grad=False)
+            for t in (*join_parts(parts, *self.tails), *([] if bias is None else [bias]))
+        )
+        self._write(adapter, a, b, *rest)
+        module, rank = self.module, parts[0][0].shape[0]
+        module.r[adapter] = module.lora_alpha[adapter] = rank
+        module.scaling[adapter] = 1.0
+        module.use_rslora[adapter] = module.use_dora[adapter] = False
+        module.lora_bias[adapter] = bias is not None
+        module.lora_dropout[adapter] = nn.Identity()
+
+    def _write(self, adapter: str, a: nn.Parameter, b: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        for holders, weight in ((self.module.lora_A, a), (self.module.lora_B, b)):
+            # The trained module's twin: strides, paddings and whatever hooks put it on its device.
+            holder = copy.deepcopy(holders[self.adapter])
+            holder.weight = weight
+            for size, dim in _SIZES.get(type(holder), ()):
+                setattr(holder, size, weight.shape[dim])
+            holder.train(self.module.training)
+            holders[adapter] = holder
+        self.module.lora_B[adapter].bias = bias
 
     def reset(self, init: bool | str) -> None:
         """A fresh adapter with no effect, in place: the parameters keep their identity, gradients are dropped."""
@@ -119,18 +174,90 @@ class AdaptedLayer:
         else:
             # EVA's directions came from data and False means random weights with an effect: both restart as usual.
             module.reset_lora_parameters(name, "gaussian" if init == "gaussian" else True)
-        for parameter in (*self.parameters(), self.bias()):
-            if parameter is not None:
-                parameter.grad = None
+        for parameter in self.all_parameters(name):
+            parameter.grad = None
 
 
-def adapted_layers(model: PeftModel, adapter: str, *, skip_unsupported: bool = False) -> list[AdaptedLayer]:
+class EmbeddingLayer(AdaptedLayer):
+    """Factors are parameters of the layer itself."""
+
+    kind: ClassVar[str] = "embedding"
+    plain: ClassVar[bool] = False
+
+    def parameters(self, adapter: str | None = None) -> tuple[nn.Parameter, nn.Parameter]:
+        adapter = adapter or self.adapter
+        return self.module.lora_embedding_A[adapter], self.module.lora_embedding_B[adapter]
+
+    def has(self, adapter: str) -> bool:
+        return adapter in self.module.lora_embedding_A
+
+    def bias(self, adapter: str | None = None) -> None:
+        return None
+
+    def keys(self) -> tuple[str, str]:
+        return f"{STATE_PREFIX}{self.path}.lora_embedding_A", f"{STATE_PREFIX}{self.path}.lora_embedding_B"
+
+    def _write(self, adapter: str, a: nn.Parameter, b: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        self.module.lora_embedding_A[adapter], self.module.lora_embedding_B[adapter] = a, b
+
+
+class ConvLayer(AdaptedLayer):
+    """A convolution into ``r`` channels and one of width 1 out of them; the filters of ``A`` are flattened."""
+
+    kind: ClassVar[str] = "conv"
+    plain: ClassVar[bool] = False
+
+
+class AttentionLayer(AdaptedLayer):
+    """``nn.MultiheadAttention``'s projections: read as weights, merged for every forward by PEFT."""
+
+    kind: ClassVar[str] = "attention"
+    unmergeable: ClassVar[str | None] = "attention layers hold no weight of their own to add to"
+
+
+class ExpertsLayer(AdaptedLayer):
+    """An expert parameter of three dimensions: one update per expert."""
+
+    kind: ClassVar[str] = "experts"
+    plain: ClassVar[bool] = False
+    unmergeable: ClassVar[str | None] = "expert parameters are wrapped, not layers"
+
+    @property
+    def n_parts(self) -> int:
+        return self.module.num_experts
+
+
+def split_parts(a: Tensor, b: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+    """``(A (r, in), B (out, r))`` of ``n`` parts in tensors as PEFT stores them.
+
+    Views of contiguous tensors, so gradients can be added through them.
+    """
+    if n == 1:
+        return [(a.flatten(1), b.flatten(1))]
+    a, b = a.view(n, -1, a.shape[1]), b.view(b.shape[0], -1, n)
+    return [(a[part], b[:, :, part]) for part in range(n)]
+
+
+def join_parts(
+    parts: Sequence[tuple[Tensor, Tensor]], tail_a: Sequence[int], tail_b: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`split_parts` for factors of any rank; ``tail_a`` and ``tail_b`` are filter dimensions."""
+    if len(parts) == 1:
+        ((a, b),) = parts
+        return a.reshape(-1, *tail_a).contiguous(), b.reshape(*b.shape, *tail_b).contiguous()
+    a, b = torch.cat([part[0] for part in parts]), torch.stack([part[1] for part in parts], dim=2)
+    return a.contiguous(), b.reshape(b.shape[0], -1).contiguous()
+
+
+def adapted_layers(
+    model: PeftModel, adapter: str, *, skip_unsupported: bool = False, warn: bool = True
+) -> list[AdaptedLayer]:
     """The LoRA layers of ``adapter``, in module order.
 
     Args:
         model: a ``PeftModel`` with LoRA.
         adapter: name of the adapter.
-        skip_unsupported: warn about layers that are refused and leave them out.
+        skip_unsupported: leave layers out that are refused; ``warn`` says which.
 
     Raises:
         TypeError: ``model`` is no PEFT LoRA model.
@@ -142,23 +269,21 @@ def adapted_layers(model: PeftModel, adapter: str, *, skip_unsupported: bool = F
         raise ValueError(f"the model has no adapter {adapter!r}; it has {sorted(model.peft_config)}")
     general = unsupported_config(model.peft_config[adapter])
     found, refused = [], {}
-    seen: dict[tuple[int, int], str] = {}
-    for name, module, kind in _lora_modules(model, adapter):
-        reason = general or _unsupported(module, kind, adapter)
+    seen: dict[frozenset[int], str] = {}
+    for layer in _lora_layers(model, adapter):
+        reason = general or _unsupported(layer, adapter)
         if reason:
-            refused[name] = reason
+            refused[layer.name] = reason
             continue
-        layer = AdaptedLayer(name, module, kind, adapter)
-        storage = frozenset(p.data_ptr() for p in layer.parameters() if p.numel() and p.device.type != "meta")
-        tied_to = seen.get(storage) if storage else None
-        seen.setdefault(storage, name)
-        found.append(AdaptedLayer(name, module, kind, adapter, tied_to))
+        storage = frozenset(p.data_ptr() for p in layer.parameters() if p.numel())
+        found.append(dataclasses.replace(layer, tied_to=seen.get(storage) if storage else None))
+        seen.setdefault(storage, layer.name)
     if refused and not (skip_unsupported and found):
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:4])
         more = f" (and {len(refused) - 4} more)" if len(refused) > 4 else ""
         hint = "" if skip_unsupported else "; skip_unsupported=True leaves them out"
         raise ValueError(f"ELLA cannot penalise {len(refused)} of the LoRA layers: {listed}{more}{hint}")
-    if refused:
+    if refused and warn:
         warnings.warn(
             f"ELLA leaves out {len(refused)} LoRA layers; they are trained on without penalty or past: "
             + "; ".join(f"{name}: {reason}" for name, reason in refused.items()),
@@ -169,46 +294,62 @@ def adapted_layers(model: PeftModel, adapter: str, *, skip_unsupported: bool = F
     return found
 
 
-def _lora_modules(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer, str]]:
-    attention_outputs: set[int] = set()
+def _lora_layers(model: PeftModel, adapter: str) -> Iterator[AdaptedLayer]:
+    inside_attention: set[int] = set()
     for path, module in model.base_model.model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        has_adapter = adapter in module.lora_A or adapter in module.lora_embedding_A
-        if not has_adapter:
+        if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
             continue
         name = path.removesuffix(".base_layer").replace(".base_layer.", ".")
         if isinstance(module, ParamWrapper):
-            yield f"{name}.{module.parameter_name}", module, "experts"
+            yield ExpertsLayer(f"{name}.{module.parameter_name}", path, module, adapter)
         elif isinstance(module, MultiheadAttention):
-            attention_outputs.add(id(module.base_layer.out_proj))
-            yield name, module, "attention"
+            inside_attention.add(id(module.base_layer.out_proj))
+            yield AttentionLayer(name, path, module, adapter)
         elif isinstance(module, Embedding):
-            yield name, module, "embedding"
+            yield EmbeddingLayer(name, path, module, adapter)
         elif isinstance(module, _ConvNd):
-            yield name, module, "conv"
+            yield ConvLayer(name, path, module, adapter)
         else:
-            # Inside nn.MultiheadAttention the output projection is read as a weight: neither forward nor hook run.
-            yield name, module, "attention" if id(module) in attention_outputs else "linear"
+            # Inside nn.MultiheadAttention the output projection is read as a weight: its forward never runs.
+            kind = AttentionLayer if id(module) in inside_attention else AdaptedLayer
+            yield kind(name, path, module, adapter)
 
 
 def unsupported_config(config: LoraConfig) -> str | None:
     """Why no layer of an adapter with this configuration can be penalised, or None."""
+    peft_type = str(getattr(config.peft_type, "value", config.peft_type))
+    if peft_type != "LORA":
+        return f"{peft_type} is not plain LoRA: its update is not scaling · B @ A"
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         return f"init_lora_weights={init!r} changes the base weight, so the factors alone are not the update"
     if config.use_qalora:
         return "QA-LoRA pools the input over groups before A"
+    if config.bias != "none":
+        return f"bias={config.bias!r} trains biases of the base model, which no LoRA factor holds; lora_bias is kept"
+    for name, reason in _REFUSED_FIELDS.items():
+        if getattr(config, name, None):
+            return f"{name}: {reason}"
+    for field in dataclasses.fields(config):
+        if field.name not in _KNOWN_FIELDS and field.name not in _REFUSED_FIELDS:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if getattr(config, field.name) != default:
+                return f"{field.name}={getattr(config, field.name)!r} is a LoraConfig field this version does not know"
     return None
 
 
-def _unsupported(module: Any, kind: str, adapter: str) -> str | None:
+def _unsupported(layer: AdaptedLayer, adapter: str) -> str | None:
+    module = layer.module
     variant = type(module.lora_variant.get(adapter)).__name__
     for prefix, reason in _VARIANTS.items():
         if variant.startswith(prefix):
             return reason
-    if kind == "conv" and module.get_base_layer().groups != 1:
+    if isinstance(layer, ConvLayer) and module.get_base_layer().groups != 1:
         return f"a grouped convolution (groups={module.get_base_layer().groups}) has no one factorised update"
     if type(module).__name__ == "LoraParallelLinear":
         return "Megatron tensor-parallel layers hold shards of the factors"
+    if any(p.device.type == "meta" for p in layer.all_parameters(adapter)):
+        return "its LoRA weights are offloaded (on the meta device); keep adapters in memory, offload base layers only"
     return None

@@ -1,34 +1,30 @@
-"""The past: finished tasks' aggregated update, kept in a frozen PEFT adapter ``ella_past`` of scaling 1.
+"""The past: finished tasks' aggregated update of every layer, ``W_past = L·R``, and what truncation dropped from it.
 
-``lora_B`` holds ``L`` and ``lora_A`` holds ``R`` of ``W_past = L·R``. The adapter is inactive for PEFT: a forward hook
-on the base layer adds its output, so that ``disable_adapter()`` gives the model before the current task and Trainer,
-TRL and task heads see one adapter. Attention modules and expert parameters have no forward to hook; there, two adapters
-are active and the past is declared frozen.
+:class:`Past` owns it for a whole model. Its factors are the parameters of the knowledge adapter (``lora_B`` holds
+``L``, ``lora_A`` holds ``R``), so that PEFT saves and moves them; with ``keep_past="external"`` they are held here.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraConfig
-from peft.tuners.lora.layer import MultiheadAttention
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ella_kernels import LowRank
 from ella_kernels.lowrank import split_evenly, svd_factors
 
-from .checkpoint import StoredLayer
-from .lora import AdaptedLayer
+from .checkpoint import PastState, StoredLayer, save_past
+from .lora import AdaptedLayer, split_parts
+from .merging import MergedBase
 
-__all__ = ["PAST", "FoldReport", "fold_factors", "fold_layer", "install_past", "past_config", "read_past", "write_past"]
-
-PAST = "ella_past"
+__all__ = ["FoldReport", "Past", "described", "fold_factors", "fold_layer"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,14 @@ class FoldReport:
         task: its name.
         ranks: components stored per layer afterwards.
         relative_error: ``‖dropped‖_F / ‖W_past‖_F`` per layer; 0 while the past is exact.
+        merge_error: ``‖rounded‖_F / ‖W_base + W_past‖_F`` per layer, the relative error of the layer's output for white
+            inputs, where the past was merged into base weights; empty elsewhere.
     """
 
     task: str
     ranks: dict[str, int]
     relative_error: dict[str, float]
+    merge_error: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, task: str, stored: Mapping[str, StoredLayer]) -> FoldReport:
@@ -57,6 +56,10 @@ class FoldReport:
     @property
     def max_relative_error(self) -> float:
         return max(self.relative_error.values(), default=0.0)
+
+    @property
+    def max_merge_error(self) -> float:
+        return max(self.merge_error.values(), default=0.0)
 
 
 def fold_factors(
@@ -104,154 +107,133 @@ def fold_layer(
         scaled = scaling * bias.detach().float()
         total = scaled if total is None else total + scaled
     errors = [] if before is None else before.relative_error
-    return StoredLayer([part for part, _ in folded], total, [*errors, max(error for _, error in folded)])
+    parts = [part for part, _ in folded]
+    if any(part.row_energy is not None for part in parts):  # one expert's past may be exact where another's is not
+        parts = [_with_energies(part) for part in parts]
+    return StoredLayer(parts, total, [*errors, max(error for _, error in folded)])
 
 
-class PastHook:
-    """Forward hook of a base layer: adds the past's output. A class, so that copying a model copies its hooks."""
-
-    def __init__(self, layer: AdaptedLayer):
-        self.module, self.kind = layer.module, layer.kind
-
-    def __call__(self, base: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        module = self.module
-        stored = module.lora_embedding_B if self.kind == "embedding" else module.lora_B
-        # Someone else already adds it: PEFT merged it, or made it active.
-        active = PAST in module.active_adapters and not module.disable_adapters
-        if PAST not in stored or PAST in module.merged_adapters or active:
-            return output
-        return (output + self._past_output(args[0])).to(output.dtype)
-
-    def _past_output(self, x: Tensor) -> Tensor:
-        module = self.module
-        if self.kind != "embedding":
-            a, b = module.lora_A[PAST], module.lora_B[PAST]
-            return b(a(x.to(a.weight.dtype)))
-        found = module._embed(x, module.lora_embedding_A[PAST].T) @ module.lora_embedding_B[PAST].T
-        scale = module._get_embed_scale()
-        return found if scale is None else found * scale.to(found.dtype)
+def described(config: LoraConfig) -> dict[str, Any]:
+    """A LoRA configuration as plain json."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 
 
-def install_past(layers: Iterable[AdaptedLayer], *, in_forward: bool = True) -> None:
-    """Make the stored past act in the forward (or not: ``in_forward=False``), once, however often this is called."""
-    for layer in layers:
-        base = layer.module.get_base_layer()
-        for key, hook in list(base._forward_hooks.items()):
-            if isinstance(hook, PastHook):
-                del base._forward_hooks[key]
-        for parameter in _stored_parameters(layer):
-            parameter.requires_grad_(False)
-        if not in_forward:
-            continue
-        if layer.kind in ("attention", "experts"):
-            activate_past(layer)
-        else:
-            base.register_forward_hook(PastHook(layer))
+def _with_energies(part: LowRank) -> LowRank:
+    if part.row_energy is not None:
+        return part
+    return part._replace(
+        row_energy=part.left.new_zeros(len(part.left)), col_energy=part.right.new_zeros(part.right.shape[1])
+    )
 
 
-def activate_past(layer: AdaptedLayer) -> None:
-    """Keep the past active beside the trained adapter in a layer that takes no hook; nothing where it already is."""
-    module = layer.module
-    if PAST not in module.lora_A or PAST in module.active_adapters or PAST in module.merged_adapters:
-        return
-    module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, PAST: ("lora_A", "lora_B")}
-    flags = [p.requires_grad for p in module.parameters()]
-    module.set_adapter([*module.active_adapters, PAST])
-    for parameter, flag in zip(module.parameters(), flags, strict=True):
-        parameter.requires_grad_(flag)
+@dataclass
+class Past:
+    """Finished tasks of a model, shared by every regularizer on it.
 
+    Attributes:
+        adapter: the PEFT adapter that holds the factors.
+        config: ``EllaConfig.to_dict()`` of the regularizer that folded last.
+        tasks: names of the finished tasks, in order.
+    """
 
-def past_config(trained: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """The configuration of the past adapter: the trained one's layers, plain LoRA, scaling 1, ``ranks`` per layer."""
-    config = copy.deepcopy(trained)
-    common = max(ranks.values(), default=1)
-    others = {name: rank for name, rank in ranks.items() if rank != common}
-    plain: dict[str, Any] = {
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "init_lora_weights": False,
-        "inference_mode": True,
-        "bias": "none",
-        "modules_to_save": None,
-        "trainable_token_indices": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "use_bdlora": None,
-        "arrow_config": None,
-        "alora_invocation_tokens": None,
-        "velora_config": None,
-        "monteclora_config": None,
-        "kasa_config": None,
-        "eva_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
-        "ensure_weight_tying": False,
-    }
-    for name, value in plain.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    return config
+    adapter: str
+    config: dict[str, Any]
+    tasks: list[str] = field(default_factory=list)
+    # By layer name: per part the row and column energies of what was dropped, on the CPU; the error of every fold; and
+    # with keep_past="external" all of the layer. A layer without dropped components has no energies.
+    _energies: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _errors: dict[str, list[float]] = field(default_factory=dict)
+    _held: dict[str, StoredLayer] = field(default_factory=dict)
+    # What a file beside a saved adapter says of it.
+    _shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    _peft: dict[str, Any] = field(default_factory=dict)
+    # keep_past="merge": the base weights without the past, and the checksums that tell a saved state's base.
+    base: MergedBase | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return bool(self._errors)
 
-def write_past(model: PeftModel, layers: list[AdaptedLayer], stored: Mapping[str, StoredLayer]) -> None:
-    """Put ``stored`` into the model's past adapter, made here if missing; nothing else in the model changes."""
-    config = past_config(model.peft_config[layers[0].adapter], _peft_ranks(layers, stored))
-    flags = [(p, p.requires_grad) for name, p in model.named_parameters() if f".{PAST}." not in name]
-    # New linear layers draw an initialisation that is overwritten: the caller's random stream is left alone.
-    with torch.random.fork_rng(devices=[]):
-        if PAST not in model.peft_config:
-            # Not the task classes' own add_adapter, which would copy the task head for the past as well.
-            PeftModel.add_adapter(model, PAST, config)
-        for layer in layers:
-            rank = stored[layer.name].rank
-            layer.module.update_layer(PAST, r=rank, lora_alpha=rank, config=config)
-    model.peft_config[PAST] = config
-    for layer in layers:
-        _put(layer, stored[layer.name])
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+    @property
+    def is_external(self) -> bool:
+        return self.config["keep_past"] == "external"
 
+    def factors(self, layer: AdaptedLayer) -> list[tuple[Tensor, Tensor]] | None:
+        """``(R (k, in), L (out, k))`` per part, views of what is stored; None where the layer has no past."""
+        if self.is_external:
+            held = self._held.get(layer.name)
+            return None if held is None else [(part.right, part.left) for part in held.parts]
+        if layer.name not in self._errors or not layer.has(self.adapter):
+            return None
+        return layer.factors(*(p.detach() for p in layer.parameters(self.adapter)))
 
-def read_past(layer: AdaptedLayer) -> list[LowRank] | None:
-    """The layer's factors, one :class:`~ella_kernels.LowRank` of views per part, no energies; None without a past."""
-    parameters = _stored_parameters(layer)
-    if not parameters:
-        return None
-    a, b = (p.detach() for p in parameters[:2])
-    return [LowRank(left, right) for right, left in layer.factors(a, b)]
+    def parts(self, layer: AdaptedLayer) -> list[LowRank] | None:
+        """One :class:`~ella_kernels.LowRank` per part, on the device of the layer's factors; None without a past."""
+        factors = self.factors(layer)
+        if factors is None:
+            return None
+        device = layer.parameters()[0].device
+        energies = self._energies.get(layer.name, [(None, None)] * len(factors))
+        return [
+            LowRank(*(None if t is None else t.to(device) for t in (left, right, rows, cols)))
+            for (right, left), (rows, cols) in zip(factors, energies, strict=True)
+        ]
 
+    def stored(self, layer: AdaptedLayer) -> StoredLayer | None:
+        """All that is known of a layer; None before its first fold."""
+        parts = self.parts(layer)
+        if parts is None:
+            return None
+        bias = self._held[layer.name].bias if self.is_external else layer.bias(self.adapter)
+        return StoredLayer(parts, bias, self._errors[layer.name])
 
-def _stored_parameters(layer: AdaptedLayer) -> list[nn.Parameter]:
-    stored = layer.module.lora_embedding_A if layer.kind == "embedding" else layer.module.lora_A
-    if PAST not in stored:
-        return []
-    return [p for p in (*layer.parameters(PAST), layer.bias(PAST)) if p is not None]
+    def adopt(self, layers: Iterable[AdaptedLayer], stored: Mapping[str, StoredLayer], trained: LoraConfig) -> None:
+        """Take over ``stored`` in place of what was; the factors only where no adapter of the model holds them.
 
+        ``trained`` is the configuration of the adapter in training.
+        """
+        layers = list(layers)
+        self._errors = {name: list(layer.relative_error) for name, layer in stored.items()}
+        self._energies = {
+            name: [(part.row_energy.cpu(), part.col_energy.cpu()) for part in layer.parts]
+            for name, layer in stored.items()
+            if layer.parts[0].row_energy is not None
+        }
+        self._held = dict(stored) if self.is_external else {}
+        self._shapes = {layer.name: (layer.n_parts, *layer.shape) for layer in layers}
+        self._peft = {
+            "config": described(trained),
+            "layers": {layer.name: {"keys": layer.keys(), "tails": layer.tails} for layer in layers},
+        }
 
-def _put(layer: AdaptedLayer, stored: StoredLayer) -> None:
-    device = layer.parameters()[0].device
-    a, b = layer.pack([(part.right, part.left) for part in stored.parts], stored.rank)
-    # float32 whatever the base: entries near 1e-8 underflow in half precision. New tensors, so nothing stays tied.
-    a, b = (nn.Parameter(t.to(device, torch.float32, copy=True), requires_grad=False) for t in (a, b))
-    module = layer.module
-    if layer.kind == "embedding":
-        module.lora_embedding_A[PAST], module.lora_embedding_B[PAST] = a, b
-        return
-    module.lora_A[PAST].weight, module.lora_B[PAST].weight = a, b
-    if stored.bias is not None:
-        module.lora_B[PAST].bias = nn.Parameter(stored.bias.to(device, torch.float32, copy=True), requires_grad=False)
+    def state(self, layers: Iterable[AdaptedLayer]) -> PastState:
+        """All of it as :func:`~ella.checkpoint.save_past` writes it."""
+        stored = {layer.name: self.stored(layer) for layer in layers}
+        found = {name: layer for name, layer in stored.items() if layer is not None}
+        shapes = {layer.name: (layer.n_parts, *layer.shape) for layer in layers}
+        return PastState(self.config, list(self.tasks), found, shapes, self._extra())
 
+    def save_beside(self, folder: str | Path) -> None:
+        """Write the state beside an adapter that PEFT has just saved in ``folder``."""
+        layers = self._held if self.is_external else self._read(Path(folder))
+        save_past(folder, PastState(self.config, list(self.tasks), layers, self._shapes, self._extra()))
 
-def _peft_ranks(layers: Iterable[AdaptedLayer], stored: Mapping[str, StoredLayer]) -> dict[str, int]:
-    """Ranks by the module path that PEFT matches: an expert wrapper's module, an attention module as a whole."""
-    ranks = {}
-    for layer in layers:
-        if layer.kind == "attention" and not isinstance(layer.module, MultiheadAttention):
-            continue  # takes the rank of the attention it is inside of
-        name = layer.name.removesuffix(f".{layer.module.parameter_name}") if layer.kind == "experts" else layer.name
-        ranks[name] = stored[layer.name].rank
-    return ranks
+    def _extra(self) -> dict[str, Any]:
+        return {**self.extra, **({"peft": self._peft} if self._peft else {})}
+
+    def _read(self, folder: Path) -> dict[str, StoredLayer]:
+        path = folder / "adapter_model.safetensors"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no adapter_model.safetensors: ELLA's state goes with it and never into pickled weights; "
+                "save with safe_serialization=True"
+            )
+        tensors, found = load_file(path), {}
+        for name, layer in self._peft["layers"].items():
+            key_a, key_b = layer["keys"]
+            parts = split_parts(tensors[key_a], tensors[key_b], self._shapes[name][0])
+            energies = self._energies.get(name, [(None, None)] * len(parts))
+            bias = tensors.get(key_b.removesuffix("weight") + "bias")
+            parts = [LowRank(left, right, *pair) for (right, left), pair in zip(parts, energies, strict=True)]
+            found[name] = StoredLayer(parts, bias, self._errors[name])
+        return found

@@ -7,9 +7,16 @@ gradients are accumulated on top, so that clipping and the scaler treat both ali
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from .acting import TASK
+from .checkpoint import PAST_FILE
 from .regularizer import EllaRegularizer
 
 __all__ = ["EllaCallback", "attach"]
@@ -18,8 +25,8 @@ __all__ = ["EllaCallback", "attach"]
 class EllaCallback(TrainerCallback):
     """Seeds the penalty's gradient once per optimizer step and logs ``ella_penalty`` beside ``loss``.
 
-    Prefer :func:`attach`, which checks the trainer and puts the callback before the reporters, so that TensorBoard and
-    others see the logged value.
+    Prefer :func:`attach`, which checks the trainer, lets it resume and load its best model with the past, and puts the
+    callback before the reporters, so that TensorBoard and others see the logged value.
 
     Args:
         regularizer: of the model that the trainer trains.
@@ -29,17 +36,45 @@ class EllaCallback(TrainerCallback):
         self.regularizer = regularizer
         self._sum: torch.Tensor | None = None
         self._steps = 0
+        self._attached = False
+        self._seed: _Seed | None = None
+        self._looks = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         refuse_unsupported(args)
         self._sum, self._steps = None, 0
+        # The first steps in which there is a seed to lose are looked at; each look waits for the device.
+        self._seed, self._looks = None, 20
+        if model is not None and model is not self.regularizer.model:
+            raise ValueError(
+                "the trainer trains another model than the regularizer's (model_init builds a new one for every run, "
+                "say): make the EllaRegularizer from trainer.model, and pass the trainer a model, not model_init"
+            )
+        if not self._attached and getattr(args, "load_best_model_at_end", False) and self.regularizer.adapter == TASK:
+            raise ValueError(
+                "load_best_model_at_end loads the finished tasks in place of the current one unless the trainer knows "
+                "of ELLA: use attach(trainer, regularizer) instead of passing EllaCallback"
+            )
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         # fp16: the task's gradients arrive multiplied by the scale and are divided by it before clipping.
         scaler = getattr(optimizer, "scaler", None)
         value = self.regularizer.add_gradient_(scaler.get_scale() if scaler is not None else 1.0)
+        if self._looks > 0:
+            self._seed = _Seed.of(self.regularizer)
         self._sum = value if self._sum is None else self._sum + value
         self._steps += 1
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        seed, self._seed = self._seed, None
+        arrived = None if seed is None else seed.arrived()
+        if arrived is False:
+            raise RuntimeError(
+                "the trainer dropped the penalty's gradient between the start of the optimizer step and the optimizer "
+                "(zero_grad in training_step or compute_loss, say): zero gradients after optimizer.step() only, or "
+                "call regularizer.add_gradient_() yourself after the last zero_grad"
+            )
+        self._looks = 0 if arrived else self._looks - 1
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "loss" not in logs or self._sum is None:
@@ -52,8 +87,55 @@ class EllaCallback(TrainerCallback):
         self._sum, self._steps = None, 0
 
 
+class _Seed:
+    """A seeded gradient on its way to the optimizer: a trainer must not throw it away.
+
+    One parameter is watched, that with the largest seed. Autograd adds the task's gradients to the seed; what arrives
+    at the optimizer is their sum, clipped. Without the seed it is parallel to the task's alone.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.seed = parameter.grad.detach().clone()
+        self.task = torch.zeros_like(self.seed)
+        self._hook = parameter.register_hook(self._add)
+
+    @classmethod
+    def of(cls, regularizer: EllaRegularizer) -> _Seed | None:
+        """None where there is nothing to lose yet, or where other processes' gradients are averaged in."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None
+        parameters = [p for layer in regularizer.layers for p in layer.parameters() if p.grad is not None and p.numel()]
+        largest = max(parameters, key=lambda p: float(p.grad.float().norm()), default=None)
+        return None if largest is None or not largest.grad.any() else cls(largest)
+
+    def _add(self, grad: Tensor) -> None:
+        self.task += grad.to(self.task.dtype)
+
+    def arrived(self) -> bool | None:
+        """Whether the seed is in the gradient; None where it is too small beside the task's to tell."""
+        self._hook.remove()
+        if self.parameter.grad is None:
+            return False
+        found, task, seed = (t.double().flatten() for t in (self.parameter.grad, self.task, self.seed))
+        gap = _distance(task, task + seed)
+        if gap < 100 * torch.finfo(self.seed.dtype).eps:
+            return None
+        return _distance(found, task) > 0.1 * gap
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Between the directions of ``a`` and ``b``; 2 where one has none."""
+    sizes = a.norm(), b.norm()
+    return float((a / sizes[0] - b / sizes[1]).norm()) if min(sizes) > 0 else 2.0
+
+
 def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     """Make ``trainer`` train with the penalty; returns the callback that was added.
+
+    ``trainer.train(resume_from_checkpoint=...)`` restores the finished tasks from the checkpoint, in a fresh process
+    too, and ``load_best_model_at_end`` loads the current task of the best checkpoint; every checkpoint has ELLA's state
+    beside the adapter.
 
     Args:
         trainer: a transformers ``Trainer`` or one derived from it (TRL's are).
@@ -70,6 +152,10 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
         raise TypeError(f"regularizer must be an EllaRegularizer, found {type(regularizer).__name__}")
     if trainer.model is not regularizer.model:
         raise ValueError("the regularizer belongs to another model than the trainer's; make it from trainer.model")
+    if getattr(trainer, "model_init", None) is not None:
+        raise ValueError(
+            "model_init builds a new model for every run, which the regularizer does not know; pass the trainer a model"
+        )
     if any(isinstance(callback, EllaCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer already has an EllaCallback; a second one would double the penalty")
     refuse_unsupported(trainer.args)
@@ -78,11 +164,45 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
         if getattr(trainer, name, False):
             raise ValueError(f"{title} keeps gradients apart from the parameters, where the penalty would be lost")
     callback = EllaCallback(regularizer)
+    callback._attached = True
     trainer.add_callback(callback)
     # Reporters run in order and copy the log: ours goes first.
     callbacks = trainer.callback_handler.callbacks
     callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+    # No callback is asked before a checkpoint's adapters are loaded, and the best model's are loaded into whatever
+    # adapter is active: both need the past first, on this trainer.
+    trainer._load_from_checkpoint = functools.partial(_load_checkpoint, trainer._load_from_checkpoint, regularizer)
+    trainer._load_best_model = functools.partial(_load_best, trainer._load_best_model, regularizer, trainer)
     return callback
+
+
+def _load_checkpoint(load: Any, regularizer: EllaRegularizer, checkpoint: str, model: nn.Module | None = None) -> None:
+    _restore(regularizer, checkpoint)
+    load(checkpoint, model)
+
+
+def _load_best(load: Any, regularizer: EllaRegularizer, trainer: Trainer) -> None:
+    best = trainer.state.best_model_checkpoint
+    _restore(regularizer, best)
+    if regularizer.adapter != TASK:
+        load()
+        return
+    regularizer.model.load_adapter(str(Path(best) / TASK), TASK, is_trainable=True)
+
+
+def _restore(regularizer: EllaRegularizer, checkpoint: str) -> None:
+    """Bring the regularizer's model to the past of a checkpoint."""
+    folder = Path(checkpoint)
+    name = regularizer.config.adapter_name
+    place = next((p for p in (folder, folder / name) if (p / PAST_FILE).is_file()), None)
+    if place is not None:
+        regularizer.restore(place)
+    elif regularizer.tasks or (folder / TASK).is_dir():
+        has = f"this model has finished {regularizer.tasks}" if regularizer.tasks else "it was saved in a later task"
+        raise ValueError(
+            f"{checkpoint} holds no state of ELLA, but {has}: resuming would mix tasks. Resume from a checkpoint that "
+            "was written with the regularizer attached"
+        )
 
 
 def refuse_unsupported(args) -> None:

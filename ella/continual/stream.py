@@ -28,8 +28,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ella.config import EllaConfig
+from ella.knowledge import parameters_of, past_of, trained_adapter
 from ella.lora import adapted_layers
-from ella.past import PAST
 from ella.regularizer import EllaRegularizer
 
 from .metrics import NAN, AccuracyMatrix
@@ -158,7 +158,7 @@ def run_stream(
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"expected at least one task and distinct names, found {names}")
-    if any(f".{PAST}." in name for name, _ in classifier.model.named_parameters()):
+    if past_of(classifier.model, classifier.adapter_name) is not None:
         raise ValueError("the classifier already carries a past; build a fresh one for every run")
 
     run = {
@@ -185,7 +185,7 @@ def run_stream(
     else:
         result = StreamResult.from_dict(saved["result"])
         regularizer = _new_regularizer(classifier, config, state.past_dir)
-        state.load_adapter(classifier.model, classifier.adapter_name)
+        state.load_adapter(classifier.model, _trained(classifier))
 
     for index in range(len(result.tasks), len(tasks)):
         task = tasks[index]
@@ -203,7 +203,7 @@ def run_stream(
         result.tasks.append(record)
         result.state_bytes = _past_bytes(classifier)
         if state:
-            state.save(index, task.name, result.to_dict(), classifier.model, classifier.adapter_name, regularizer)
+            state.save(index, task.name, result.to_dict(), classifier.model, _trained(classifier), regularizer)
         if on_task_end:
             on_task_end(index, result)
     return result
@@ -282,7 +282,7 @@ def task_seed(seed: int, index: int) -> int:
 def _seed_adapter(classifier: TextClassifier, seed: int, index: int) -> None:
     """Initialise the trainable adapter (A random, B zero) from (seed, index)."""
     torch.manual_seed(task_seed(seed, index))
-    for layer in adapted_layers(classifier.model, classifier.adapter_name):
+    for layer in adapted_layers(classifier.model, _trained(classifier)):
         layer.reset(True)
 
 
@@ -303,5 +303,10 @@ def _dense_bytes(classifier: TextClassifier) -> tuple[int, int]:
 
 
 def _past_bytes(classifier: TextClassifier) -> int:
-    parameters = classifier.model.named_parameters()
-    return sum(p.numel() * p.element_size() for name, p in parameters if f".{PAST}." in name)
+    past = past_of(classifier.model, classifier.adapter_name)
+    layers = adapted_layers(classifier.model, _trained(classifier)) if past else []
+    return sum(p.numel() * p.element_size() for p in parameters_of(layers, classifier.adapter_name))
+
+
+def _trained(classifier: TextClassifier) -> str:
+    return trained_adapter(classifier.model, classifier.adapter_name)

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ella.acting import TASK
 from ella.config import EllaConfig
 from ella.continual.models import EncoderClassifier, LoraSettings, build_classifier
 from ella.continual.stream import StreamConfig, StreamResult, run_stream, task_seed
+from ella.knowledge import trained_adapter
 
 from . import tiny
 
@@ -37,7 +39,8 @@ class Watched(EncoderClassifier):
 
 
 def trained(classifier, part: str) -> list[torch.nn.Parameter]:
-    return [p for n, p in classifier.model.named_parameters() if part in n and ".default." in n]
+    adapter = trained_adapter(classifier.model, "default")
+    return [p for n, p in classifier.model.named_parameters() if part in n and f".{adapter}." in n]
 
 
 def watched(bert) -> Watched:
@@ -48,9 +51,9 @@ def watched(bert) -> Watched:
 def dense_past(classifier) -> dict[str, torch.Tensor]:
     """W_past per layer as a matrix, in float64."""
     return {
-        name: module.lora_B["ella_past"].weight.detach().double() @ module.lora_A["ella_past"].weight.detach().double()
+        name: module.lora_B["default"].weight.detach().double() @ module.lora_A["default"].weight.detach().double()
         for name, module in classifier.model.named_modules()
-        if hasattr(module, "lora_A") and "ella_past" in module.lora_A
+        if hasattr(module, "lora_A") and TASK in module.lora_A
     }
 
 
@@ -190,20 +193,20 @@ def test_a_step_is_task_loss_plus_penalty(bert, arms):
     torch.manual_seed(task_seed(0, 1))
     layers = {name: m for name, m in by_hand.model.named_modules() if name in first}
     for module in layers.values():
-        module.reset_lora_parameters("default", True)
+        module.reset_lora_parameters(TASK, True)
 
     def penalty():
         total = 0.0
         for name, module in layers.items():
             past = (first[name] / first[name].square().mean().sqrt()).float()
-            update = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+            update = module.scaling[TASK] * module.lora_B[TASK].weight @ module.lora_A[TASK].weight
             total = total + (update * past).square().sum()
         return STRENGTH * total
 
     task = by_hand.encode(TASKS[1].train, TASKS[1].labels)
     train_by_hand(by_hand, task, arms["ella"][0].rows[STEPS:], penalty)
     for name, module in layers.items():
-        update = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+        update = module.scaling[TASK] * module.lora_B[TASK].weight @ module.lora_A[TASK].weight
         error = (second[name] - first[name] - update.double()).norm() / update.norm()
         assert update.norm() > 0 and error < 1e-4, (name, float(error))
 

@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ella.acting import TASK
+
 
 class Experts(nn.Module):
     """Three experts stored as one 3-D parameter ``(experts, out, in)``, as mixture-of-experts models do."""
@@ -61,8 +63,14 @@ def tiny(seed=0, dtype=torch.float32, targets=None, **options):
     return model.eval()
 
 
-def randomise(model, seed, adapter="default"):
-    """Fill the adapter as training would: every factor non-zero."""
+def trained(model):
+    """Name of the adapter in training."""
+    return TASK if TASK in model.peft_config else "default"
+
+
+def randomise(model, seed, adapter=None):
+    """Fill the trained adapter (or another) as training would: every factor non-zero."""
+    adapter = adapter or trained(model)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

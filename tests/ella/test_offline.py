@@ -8,7 +8,6 @@ from peft import PeftModel
 
 from ella import EllaConfig, EllaRegularizer, fold_adapters
 from ella.inspection import describe_state
-from ella.past import PAST
 from tests.ella.models import Tiny, ids, randomise, tiny
 from tests.kernels.cases import relative_error
 
@@ -56,7 +55,7 @@ def test_the_result_is_a_peft_adapter(tmp_path):
     with want.disable_adapter():
         want = want(ids()).detach()
     torch.manual_seed(0)
-    plain = PeftModel.from_pretrained(Tiny(), tmp_path / "out", adapter_name=PAST).eval()
+    plain = PeftModel.from_pretrained(Tiny(), tmp_path / "out").eval()
     assert relative_error(plain(ids()).detach(), want) < 1e-6
 
 

@@ -133,7 +133,7 @@ def test_a_moved_past_is_seen():
     """The operands are kept between steps; writing into the past must not leave the penalty on the old one."""
     _, reg, _ = model_with_past(targets=["up"])
     before = reg.values()["up"]
-    a, _ = reg.layers[0].parameters("ella_past")
+    a, _ = reg.layers[0].parameters("default")
     with torch.no_grad():
         a.mul_(2)
     assert reg.values()["up"] == pytest.approx(4 * before, rel=1e-6)
@@ -177,6 +177,7 @@ def test_the_penalty_keeps_training_away_from_the_past():
         ("include_scaling", 1, TypeError),
         ("adapter_name", "", ValueError),
         ("adapter_name", "ella_past", ValueError),
+        ("adapter_name", "ella_task", ValueError),
     ],
 )
 def test_bad_settings_are_named(field, value, error):
@@ -287,33 +288,3 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
         process.wait()
         reg = EllaRegularizer.from_pretrained(tiny(), tmp_path)
         assert len(reg.tasks) >= 1 and reg.tasks == [str(i) for i in range(len(reg.tasks))]
-
-
-def test_merged_states_know_their_base(tmp_path):
-    merge = EllaConfig(keep_past="merge")
-    original = {n: p.clone() for n, p in tiny(targets=["up"]).named_parameters() if "base_layer" in n}
-    model, reg, _ = model_with_past(merge, targets=["up"])
-    want = model(ids()).detach()
-    reg.save_pretrained(tmp_path)
-
-    def restored(base):
-        fresh = tiny(targets=["up"])
-        randomise(fresh, 99)
-        with torch.no_grad():
-            for n, p in fresh.named_parameters():
-                if n in base:
-                    p.copy_(base[n])
-        return fresh
-
-    merged = {n: p for n, p in model.named_parameters() if "base_layer" in n}
-    for base in (merged, original):
-        fresh = restored(base)
-        EllaRegularizer.from_pretrained(fresh, tmp_path)
-        assert relative_error(fresh(ids()).detach(), want) < 1e-6
-    with pytest.raises(ValueError, match="merged into other base weights than this model's: \\['up'\\]"):
-        EllaRegularizer.from_pretrained(restored({n: p + 1 for n, p in original.items()}), tmp_path)
-    with pytest.raises(ValueError, match="the base already holds the past"):
-        EllaRegularizer.from_pretrained(restored(merged), tmp_path, EllaConfig())
-    hooked = restored(original)
-    EllaRegularizer.from_pretrained(hooked, tmp_path, EllaConfig())
-    assert relative_error(hooked(ids()).detach(), want) < 1e-6

@@ -184,7 +184,7 @@ def test_several_tasks_through_trainers(tmp_path):
         attach(trainer, reg)
         trainer.train()
         reg.end_task(task)
-        assert not any(".ella_past." in n and p.requires_grad for n, p in model.named_parameters())
+        assert not any(".default." in n and p.requires_grad for n, p in model.named_parameters())
     assert reg.tasks == ["before", "second", "third"]
     assert reg.state().layers[reg.layers[0].name].rank == 12
 

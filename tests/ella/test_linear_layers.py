@@ -11,8 +11,8 @@ from torch import nn
 
 import ella
 from ella import EllaConfig, EllaRegularizer
-from ella.past import PAST
-from ella.plain import PlainLayers, gradients
+from ella.acting import TASK
+from ella.linear_layers import LinearLayers, gradients
 from tests.ella.models import randomise, tiny
 from tests.kernels.cases import opcodes, relative_error
 
@@ -29,7 +29,7 @@ def linear_model(n=3, config=None):
 
 
 def adapter_parameters(model):
-    return [p for name, p in model.named_parameters() if ".default." in name]
+    return [p for name, p in model.named_parameters() if f".{TASK}." in name]
 
 
 def step(model, reg):
@@ -46,20 +46,19 @@ def walked(model, reg):
     """The step as the walk over layers does it, on a regularizer that has kept nothing."""
     clear(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PlainLayers, "parameters", lambda *args: None)
+        patch.setattr(LinearLayers, "parameters", lambda *args: None)
         fresh = EllaRegularizer(model, reg.config)
-        fresh._energies = reg._energies
         return step(model, fresh)
 
 
 def replace_parameter(model, reg):
-    linear = reg.layers[1].module.lora_A["default"]
+    linear = reg.layers[1].module.lora_A[TASK]
     linear.weight = nn.Parameter(2 * linear.weight.detach())
 
 
 def replace_module(model, reg):
     linear = nn.Linear(11, 4, bias=False)
-    reg.layers[1].module.lora_A["default"] = linear
+    reg.layers[1].module.lora_A[TASK] = linear
 
 
 def swap_data(model, reg):
@@ -68,37 +67,33 @@ def swap_data(model, reg):
 
 
 def replace_past(model, reg):
-    linear = reg.layers[1].module.lora_B[PAST]
+    linear = reg.layers[1].module.lora_B["default"]
     linear.weight = nn.Parameter(2 * linear.weight.detach(), requires_grad=False)
 
 
 def write_past(model, reg):
     with torch.no_grad():
-        reg.layers[1].parameters(PAST)[0].mul_(3)
+        reg.layers[1].parameters("default")[0].mul_(3)
 
 
 def swap_past_data(model, reg):
-    a, _ = reg.layers[1].parameters(PAST)
+    a, _ = reg.layers[1].parameters("default")
     a.data = 3 * a.data
 
 
 def narrow_past(model, reg):
     """Fewer components at the same addresses."""
-    a, b = reg.layers[1].parameters(PAST)
+    a, b = reg.layers[1].parameters("default")
     a.data, b.data = a.data[:2], b.data[:, :2]
 
 
 def set_scale(model, reg):
-    reg.layers[1].module.set_scale("default", 3.0)
+    reg.layers[1].module.set_scale(TASK, 3.0)
 
 
 def fold(model, reg):
     reg.end_task("second")
     randomise(model, 5)
-
-
-def delete_past(model, reg):
-    model.delete_adapter(PAST)
 
 
 def to_bfloat16(model, reg):
@@ -115,7 +110,7 @@ def freeze(model, reg):
 
 CHANGES = [
     replace_parameter, replace_module, swap_data, replace_past, write_past, swap_past_data, narrow_past,
-    set_scale, fold, delete_past, to_bfloat16, to_float64, freeze,
+    set_scale, fold, to_bfloat16, to_float64, freeze,
 ]  # fmt: skip
 
 
@@ -130,7 +125,7 @@ def test_a_change_between_steps_is_seen(change, penalty_rank):
     clear(model)
     value, found = step(model, reg)
     want_value, want = walked(model, reg)
-    assert torch.equal(value, want_value) and (change is delete_past) == (value == 0)
+    assert torch.equal(value, want_value) and value != 0
     for got, wanted in zip(found, want, strict=True):
         assert (got is None) == (wanted is None) and (got is None or torch.equal(got, wanted))
 
@@ -138,7 +133,7 @@ def test_a_change_between_steps_is_seen(change, penalty_rank):
 def test_the_memory_of_a_past_is_not_free_while_its_terms_are_kept():
     """Terms are recognised by addresses but may hold truncated copies: another past must not come to lie there."""
     model, reg = linear_model(config=EllaConfig(ella_lambda=3.0, penalty_rank=2))
-    a, _ = reg.layers[0].parameters(PAST)
+    a, _ = reg.layers[0].parameters("default")
     memory = a.detach().numpy().copy()
     freed, a.data = weakref.ref(memory), torch.from_numpy(memory)
     del memory
@@ -175,10 +170,10 @@ def test_a_step_runs_no_python_per_layer():
 def test_other_layers_are_walked():
     for targets in (["up", "tokens"], ["up", "image"], ["attention", "point"]):
         model = tiny(targets=targets)
-        assert EllaRegularizer(model)._plain.trainable("default") is None
+        assert EllaRegularizer(model)._linear.trainable("default") is None
     model = tiny(targets=["up", "down", "attention"])
     reg = EllaRegularizer(model)
-    assert list(map(id, reg._plain.trainable("default"))) == [
+    assert list(map(id, reg._linear.trainable("default"))) == [
         id(layer.parameters()[i]) for i in (0, 1) for layer in reg.layers
     ]
 
@@ -188,14 +183,14 @@ def test_subclasses_and_several_devices_are_walked():
         pass
 
     _, reg = linear_model()
-    linear = reg.layers[1].module.lora_A["default"]
+    linear = reg.layers[1].module.lora_A[TASK]
     plain = linear.weight
     linear.weight = Sharded(plain.detach())
-    assert type(linear.weight) is Sharded and reg._plain.trainable("default") is None
+    assert type(linear.weight) is Sharded and reg._linear.trainable(TASK) is None
     linear.weight = nn.Parameter(plain.detach().to("meta"))
-    assert reg._plain.trainable("default") is None
+    assert reg._linear.trainable(TASK) is None
     linear.weight = plain
-    assert reg._plain.trainable("default") is not None
+    assert reg._linear.trainable(TASK) is not None
 
 
 def test_missing_gradients_share_one_allocation_but_are_tensors_of_their_own():

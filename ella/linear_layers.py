@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .lora import AdaptedLayer
 
-__all__ = ["PlainLayers", "gradients"]
+__all__ = ["LinearLayers", "gradients"]
 
 _modules, _parameters, _weight = attrgetter("_modules"), attrgetter("_parameters"), itemgetter("weight")
 _requires_grad, _grad, _device, _scaling = map(attrgetter, ("requires_grad", "grad", "device", "scaling"))
@@ -24,12 +24,11 @@ _PARAMETER = frozenset({nn.Parameter})
 _ALIGNMENT = 64
 
 
-class PlainLayers:
-    """The factors of ``layers``, if all of them are of kind "linear" or "attention"; else nothing is ever found."""
+class LinearLayers:
+    """The factors of ``layers``, if all of them hold them as linear maps; else nothing is ever found."""
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
-        plain = all(layer.kind in ("linear", "attention") for layer in layers)
-        self._lora_modules = [layer.module for layer in layers] if plain else []
+        self._lora_modules = [layer.module for layer in layers] if all(layer.plain for layer in layers) else []
 
     def parameters(self, adapter: str) -> list[nn.Parameter] | None:
         """All ``A``, then all ``B`` of an adapter, in the layers' order; None where a layer lacks it."""

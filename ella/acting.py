@@ -1,0 +1,401 @@
+"""How finished tasks act beside the task in training, in one forward and in one merge.
+
+The knowledge adapter (the name the user gave, "default") holds all finished tasks as a plain LoRA of scaling 1; the
+trained adapter is :data:`TASK`, alone active for PEFT. Through PEFT's own extension point, a ``LoraVariant`` on both,
+the trained adapter brings the knowledge along wherever it acts or is merged. Where adapters are disabled a forward hook
+of the LoRA layer (never of the base layer: what PEFT unloads takes its hook with it) adds the knowledge, which makes
+``disable_adapter()`` the model before the current task. Layers that know no variants (attention modules, expert
+parameters, some quantised bases) get a subclass that does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraVariant, MultiheadAttention, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["TASK", "TogetherVariant", "act_together", "release"]
+
+TASK = "ella_task"
+
+
+class TogetherVariant(LoraVariant):
+    """PEFT's forward, merge and unmerge of the trained or the knowledge adapter of one layer.
+
+    Args:
+        knowledge: name of the knowledge adapter.
+        in_base: whether its update is in the base weight already (``keep_past="merge"``), so that it adds nothing.
+
+    ``ran`` is set by every forward: a kernel that computes LoRA past the layer never sets it.
+    """
+
+    def __init__(self, knowledge: str, in_base: bool = False) -> None:
+        self.knowledge = knowledge
+        self.in_base = in_base
+        self.ran = False
+
+    def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to prepare."""
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        self.ran = True
+        # Both active: each acts for itself. A mixed batch names its adapters whatever is active.
+        alone = TASK in module.active_adapters and self.knowledge in module.active_adapters
+        return add_updates(module, result, x, self._adapters(module, active_adapter, alone))
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        merged = self._shifted(module, active_adapter, orig_weight, 1)
+        if merged.isfinite().all():  # else PEFT refuses, and the bias stays as it was
+            self._shift_bias(module, active_adapter, 1)
+        return merged
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        # In place: other parameters may share the storage.
+        orig_weight.data.copy_(self._shifted(module, active_adapter, orig_weight.data, 1))
+        self._shift_bias(module, active_adapter, 1)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        self._shift_bias(module, active_adapter, -1)
+        return self._shifted(module, active_adapter, orig_weight.data, -1)
+
+    def _adapters(self, module: LoraLayer, active_adapter: str, alone: bool) -> list[str]:
+        """The adapters that act when ``active_adapter`` does; ``alone``: the other of the two acts for itself."""
+        if active_adapter == self.knowledge:
+            return [] if self.in_base else [active_adapter]
+        brings = not (self.in_base or alone) and self.knowledge in module.scaling
+        return [self.knowledge, active_adapter] if brings else [active_adapter]
+
+    def _merged_with(self, module: LoraLayer, active_adapter: str) -> list[str]:
+        # PEFT appends to merged_adapters after a merge and pops before an unmerge, last first: both see the same list.
+        if active_adapter == self.knowledge and TASK in module.merged_adapters:
+            return []
+        return self._adapters(module, active_adapter, self.knowledge in module.merged_adapters)
+
+    def _shifted(self, module: LoraLayer, active_adapter: str, weight: Tensor, sign: int) -> Tensor:
+        deltas = [module.get_delta_weight(name) for name in self._merged_with(module, active_adapter)]
+        if not deltas:
+            return weight
+        # One sum and one rounding, however many adapters.
+        total = deltas[0] if len(deltas) == 1 else deltas[0].float() + deltas[1].float()
+        return torch.add(weight, total.to(weight.device), alpha=sign).to(weight.dtype)
+
+    def _shift_bias(self, module: LoraLayer, active_adapter: str, sign: int) -> None:
+        # PEFT itself adds and takes away the bias of ``active_adapter``: here is only the difference.
+        merged = self._merged_with(module, active_adapter)
+        for name in {active_adapter, self.knowledge}:
+            count = (name in merged) - (name == active_adapter)
+            if count and module.lora_bias.get(name):
+                bias = module.lora_B[name].bias * module.scaling[name]
+                module.get_base_layer().bias.data += sign * count * bias
+
+
+# --- the sum of both updates -----------------------------------------------------------------------------------------
+
+
+def add_updates(module: LoraLayer, result: Tensor, x: Tensor, adapters: Sequence[str]) -> Tensor:
+    """``result + Σ scaling · B(A(dropout(x)))`` over one or two ``adapters`` of a layer, the trained one last."""
+    if isinstance(module, Embedding):
+        for name in adapters:
+            found = module._embed(x, module.lora_embedding_A[name].T) @ module.lora_embedding_B[name].T
+            scale = module._get_embed_scale()
+            found = found * module.scaling[name]
+            result = result + (found if scale is None else found * scale.to(found.dtype))
+        return result
+    if len(adapters) == 2 and _is_plain(module, x, adapters):
+        return _add_both(module, result, x, *adapters)
+    for name in adapters:
+        lora_A, lora_B = module.lora_A[name], module.lora_B[name]
+        inputs = module.lora_dropout[name](module._cast_input_dtype(x, lora_A.weight.dtype))
+        result = result + lora_B(lora_A(inputs)) * module.scaling[name]
+    return result
+
+
+def _is_plain(module: LoraLayer, x: Tensor, adapters: Sequence[str]) -> bool:
+    """Whether the factors are tensors in reach: nobody's hook loads, gathers or replaces them."""
+    for name in adapters:
+        for holder in (module.lora_A[name], module.lora_B[name]):
+            if type(holder) is not nn.Linear or holder._forward_hooks or holder._forward_pre_hooks:
+                return False
+            weight = holder.weight
+            if type(weight) is not nn.Parameter or weight.device != x.device or "forward" in holder.__dict__:
+                return False
+    return x.is_floating_point()
+
+
+def _add_both(module: LoraLayer, result: Tensor, x: Tensor, knowledge: str, task: str) -> Tensor:
+    dropout, scaling = module.lora_dropout[task], module.scaling[task]
+    dropped = None if isinstance(dropout, nn.Identity) or not dropout.training else dropout(x)
+    weights = (module.lora_A[knowledge].weight, module.lora_B[knowledge].weight)
+    weights += (module.lora_A[task].weight, module.lora_B[task].weight)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    result = _SumOfUpdates.apply(result, x, dropped, *weights, scaling, dtype)
+    for name in (knowledge, task):
+        bias = module.lora_B[name].bias
+        if bias is not None:
+            result = result + bias * module.scaling[name]
+    return result
+
+
+class _SumOfUpdates(torch.autograd.Function):
+    """``result + x Aₖᵀ Bₖᵀ + s · x Aₜᵀ Bₜᵀ``: one product over ``x``, one that adds into ``result``.
+
+    By plain autograd either the frozen factors of the knowledge get gradients that nobody wants, or ``x`` is read and
+    its gradient summed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, result, x, dropped, a_k, b_k, a_t, b_t, scaling, dtype):
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        rows_t = rows if dropped is None else dropped.reshape(rows.shape).to(dtype)
+        ctx.scaling, ctx.dropout, ctx.rank = scaling, dropped is not None, a_k.shape[0]
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = _project(rows, rows_t, a_k.to(dtype), a_t.to(dtype), scaling)
+            # [n, k + r] @ [k + r, out]
+            both = torch.cat((b_k.to(dtype), b_t.to(dtype)), 1)
+            base = result.reshape(-1, result.shape[-1])
+            added = torch.addmm(base, hidden, both.T) if result.dtype == dtype else base + hidden @ both.T
+        ctx.save_for_backward(rows, rows_t, hidden[:, ctx.rank :].clone(), a_k, b_k, a_t, b_t)
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+        return added.view(result.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, rows_t, hidden_t, a_k, b_k, a_t, b_t = ctx.saved_tensors
+        dtype, k = rows.dtype, ctx.rank
+        _, needs_x, needs_dropped, *_, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
+            grad_x = grad_dropped = grad_a = grad_b = None
+            if needs_b:
+                grad_b = (flat.T @ hidden_t).to(b_t.dtype)
+            if needs_x or needs_dropped or needs_a:
+                # [n, k + r]
+                back = flat @ torch.cat((b_k.to(dtype), b_t.to(dtype)), 1)
+                back_t = back[:, k:].mul_(ctx.scaling)
+                if needs_a:
+                    grad_a = (back_t.T @ rows_t).to(a_t.dtype)
+                if ctx.dropout:
+                    grad_x, grad_dropped = back[:, :k] @ a_k.to(dtype), back_t @ a_t.to(dtype)
+                    grad_dropped = grad_dropped.to(ctx.x_dtype).view(ctx.x_shape)
+                else:
+                    grad_x = back @ torch.cat((a_k.to(dtype), a_t.to(dtype)))
+                grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+        return grad, grad_x, grad_dropped, None, None, grad_a, grad_b, None, None
+
+
+def _project(rows: Tensor, rows_t: Tensor, a_k: Tensor, a_t: Tensor, scaling: float) -> Tensor:
+    """``[x Aₖᵀ, s · x Aₜᵀ]``, ``(n, k + r)``."""
+    if rows_t is rows:
+        hidden = F.linear(rows, torch.cat((a_k, a_t)))
+    else:
+        hidden = torch.cat((F.linear(rows, a_k), F.linear(rows_t, a_t)), 1)
+    hidden[:, a_k.shape[0] :].mul_(scaling)
+    return hidden
+
+
+# --- adapters disabled, and layers without variants ------------------------------------------------------------------
+
+
+class PreviousModel:
+    """Forward hook of a LoRA layer: where adapters are disabled, the finished tasks still act.
+
+    With ``always`` also where the trained adapter is active: for layers whose forward knows no variants.
+    """
+
+    def __init__(self, knowledge: str, always: bool = False) -> None:
+        self.knowledge = knowledge
+        self.always = always
+
+    def __call__(self, module: LoraLayer, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if TASK not in module.scaling or self.knowledge not in module.scaling:
+            release(module)
+            return None
+        active = module.active_adapters
+        brings = self.always and TASK in active and self.knowledge not in active and not module.merged
+        if not (module.disable_adapters or brings):
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        return add_updates(module, output, x, [self.knowledge]).to(output.dtype)
+
+
+class PreviousModule:
+    """The same for a module that PEFT trains as a whole (``modules_to_save``): the copy of the last finished task."""
+
+    def __init__(self, knowledge: str) -> None:
+        self.knowledge = knowledge
+
+    def __call__(self, module: ModulesToSaveWrapper, args: tuple, kwargs: dict, output: Any) -> Any:
+        if TASK not in module.modules_to_save or self.knowledge not in module.modules_to_save:
+            release(module)
+            return None
+        return module.modules_to_save[self.knowledge](*args, **kwargs) if module.disable_adapters else None
+
+
+class _Together:
+    """Mixin of subclasses of PEFT layers whose merges know no variants: the trained adapter brings the knowledge."""
+
+    ella_knowledge: str
+    _merging = False
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with self._bringing():
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        with self._bringing():
+            super().unmerge()
+
+    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's, and while merging what merging ``adapter`` adds: with the knowledge unless that is merged itself."""
+        delta = super().get_delta_weight(adapter, *args, **kwargs)
+        if not self._merging:
+            return delta
+        if adapter == self.ella_knowledge and TASK in self.merged_adapters:
+            return torch.zeros_like(delta)
+        if self._together([adapter]) == [adapter] or self.ella_knowledge in self.merged_adapters:
+            return delta
+        return delta + super().get_delta_weight(self.ella_knowledge, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _bringing(self) -> Iterator[None]:
+        modules = [self, *_inner(self)]
+        before = [module._merging for module in modules]
+        try:
+            for module in modules:
+                module._merging = True
+            yield
+        finally:
+            for module, merging in zip(modules, before, strict=True):
+                module._merging = merging
+
+    def _together(self, names: list[str]) -> list[str]:
+        """``names`` with the knowledge in front where the trained adapter is among them and the knowledge is not."""
+        known = self.ella_knowledge
+        return [known, *names] if TASK in names and known in self.scaling and known not in names else names
+
+
+def _inner(module: LoraLayer) -> list[LoraLayer]:
+    """The LoRA layer of an attention module's output projection, which goes with it."""
+    inner = getattr(module.base_layer, "out_proj", None)
+    return [inner] if isinstance(inner, LoraLayer) else []
+
+
+class _TogetherForward(_Together):
+    """Also its forward: with adapters disabled the knowledge acts alone."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.disable_adapters or TASK not in self.scaling or self.ella_knowledge not in self.scaling:
+            return super().forward(x, *args, **kwargs)
+        if self.merged:
+            self.unmerge()
+        with self._alone(self.ella_knowledge):
+            return super().forward(x, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _alone(self, adapter: str) -> Iterator[None]:
+        modules = [self, *_inner(self)]
+        before = [(module._active_adapter, module._disable_adapters) for module in modules]
+        try:
+            for module in modules:
+                module._active_adapter, module._disable_adapters = [adapter], False
+            yield
+        finally:
+            for module, (active, disabled) in zip(modules, before, strict=True):
+                module._active_adapter, module._disable_adapters = active, disabled
+
+
+class TogetherAttention(_TogetherForward, MultiheadAttention):
+    """Attention merges its active adapters for every forward: merging is all that has to know."""
+
+
+class TogetherExperts(_TogetherForward, ParamWrapper):
+    """Expert parameters, with one batched product for the knowledge and the trained adapter where PEFT has one."""
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
+        lhs, rhs, scaling = super().get_delta_factors(adapter_name)
+        if self._together([adapter_name]) == [adapter_name]:
+            return lhs, rhs, scaling
+        lhs_k, rhs_k, scaling_k = super().get_delta_factors(self.ella_knowledge)
+        return torch.cat((scaling_k * lhs_k, scaling * lhs), -1), torch.cat((rhs_k, rhs), -2), 1.0
+
+    def _activate_lora(self, active_adapters: list[str]):
+        # PEFT reads factors where one adapter is active on several experts, and sums dense updates elsewhere.
+        by_factors = len([name for name in active_adapters if name in self.lora_A]) == 1 and self.num_experts > 1
+        if not by_factors or self.get_param().dtype.itemsize < 2:
+            active_adapters = self._together(list(active_adapters))
+        return super()._activate_lora(active_adapters)
+
+
+# PEFT knows its wrappers by the name of their class when it adds another adapter.
+TogetherAttention.__name__, TogetherExperts.__name__ = MultiheadAttention.__name__, ParamWrapper.__name__
+_SUBCLASSES: dict[type, type] = {MultiheadAttention: TogetherAttention, ParamWrapper: TogetherExperts}
+
+
+def act_together(module: LoraLayer, knowledge: str, *, in_base: bool, forwarded: bool, folded: bool) -> None:
+    """Make the trained adapter of ``module`` bring the knowledge along; calling it again changes nothing.
+
+    Args:
+        in_base: the knowledge is in the base weight.
+        forwarded: whether the layer's own forward runs (an attention's output projection is read as a weight).
+        folded: whether the knowledge is of other tasks than the trained adapter; a layer that is trained on through
+            all tasks has a copy there, which acts with the adapters disabled only.
+    """
+    release(module)
+    module.ella_knowledge = knowledge
+    frozen = {**module.frozen_peft_weight_names, knowledge: tuple(module.adapter_layer_names)}
+    module.frozen_peft_weight_names = frozen
+    subclass = _SUBCLASSES.get(type(module))
+    if subclass is not None:
+        module.__class__ = subclass
+        return
+    if not forwarded:
+        module.__class__ = _merging_subclass(type(module))
+        return
+    if in_base:
+        module.lora_variant[knowledge] = TogetherVariant(knowledge, in_base=True)
+        return
+    by_variant = _names_variants(type(module).forward)
+    module.register_forward_hook(PreviousModel(knowledge, always=folded and not by_variant), with_kwargs=True)
+    if not folded:
+        return
+    if by_variant:
+        module.lora_variant[knowledge] = TogetherVariant(knowledge)
+        module.lora_variant[TASK] = TogetherVariant(knowledge)
+    if not _names_variants(type(module).merge):
+        module.__class__ = _merging_subclass(type(module))
+
+
+def _merging_subclass(cls: type) -> type:
+    return type(cls.__name__, (_Together, cls), {"__module__": __name__})
+
+
+def _names_variants(method: Any) -> bool:
+    """Whether the code of a PEFT layer's method asks for variants."""
+    return "lora_variant" in method.__code__.co_names
+
+
+def release(module: nn.Module) -> None:
+    """Take everything of :func:`act_together` off a module; its adapters stay."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, (PreviousModel, PreviousModule)):
+            del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+    if not isinstance(module, LoraLayer):
+        return
+    for name in [name for name, v in module.lora_variant.items() if isinstance(v, TogetherVariant)]:
+        del module.lora_variant[name]
+    if isinstance(module, _Together):
+        module.__class__ = next(c for c in type(module).__mro__[1:] if not issubclass(c, _Together))
+    known = module.__dict__.pop("ella_knowledge", None)
+    frozen = module.frozen_peft_weight_names
+    module.frozen_peft_weight_names = {name: held for name, held in frozen.items() if name != known}

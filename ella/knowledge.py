@@ -1,0 +1,276 @@
+"""The knowledge adapter in a PEFT model: finished tasks as a plain LoRA under the name the user gave.
+
+At the end of the first task the trained modules move to the adapter :data:`~ella.acting.TASK`, the same Parameter
+objects, and the user's adapter becomes a frozen LoRA of scaling 1 that holds the sum of all finished tasks. Whatever
+saves, loads, merges or copies that adapter has everything that was learned. Why this form:
+``docs/decisions/0001-knowledge-adapter.md``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
+
+from .acting import TASK, PreviousModule, act_together, release
+from .checkpoint import StoredLayer
+from .lora import AdaptedLayer, AttentionLayer, ExpertsLayer
+from .past import Past
+
+__all__ = [
+    "EllaLoraConfig", "Marker", "add_trained_adapter", "install", "knowledge_config", "left_out_ranks", "move_adapter",
+    "parameters_of", "past_of", "peft_ranks", "plain_config", "remove", "trained_adapter",
+]  # fmt: skip
+
+# What a regular expression ignores, at the front of one pattern: PEFT keeps it through save and load.
+_MARKER = re.compile(r"\(\?#ella:([^)]*)\)")
+# Fields of the trained adapter's configuration that a fresh one for the next task needs.
+_TASK_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
+
+
+class EllaLoraConfig(LoraConfig):
+    """The configuration that PEFT saves beside an adapter; ELLA's state of the past is saved with it.
+
+    ``past`` is the :class:`~ella.past.Past` of the model. PEFT calls :meth:`save_pretrained` for every adapter folder
+    that it writes, in whatever trainer or loop, after the weights.
+    """
+
+    past: Past | None = None
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        if self.past is not None:
+            self.past.save_beside(save_directory)
+
+    @classmethod
+    def of(cls, config: LoraConfig, past: Past) -> EllaLoraConfig:
+        """``config`` with the past; fields and whatever PEFT noted beside them are shared."""
+        made = cls.__new__(cls)
+        made.__dict__.update(config.__dict__, past=past)
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Marker:
+    """What a knowledge adapter says of itself in its ``rank_pattern``, in a comment of a regular expression.
+
+    Attributes:
+        tasks: names of the finished tasks.
+        exact: whether the factors are the whole past; else energies of what was dropped belong to it.
+        keep_past: of the config that wrote it.
+        trained: fields of the trained adapter's configuration.
+    """
+
+    tasks: tuple[str, ...]
+    exact: bool
+    keep_past: str
+    trained: Mapping[str, Any]
+
+    def mark(self, pattern: str) -> str:
+        """``pattern`` with this marker in front; it matches what it matched."""
+        return f"(?#ella:{urllib.parse.quote(json.dumps(dataclasses.asdict(self)), safe='')}){pattern}"
+
+    @classmethod
+    def about(
+        cls, trained: LoraConfig, tasks: Iterable[str], stored: Mapping[str, StoredLayer], keep_past: str
+    ) -> Marker:
+        """The marker of a knowledge adapter that holds ``stored``; ``trained`` is how its tasks were trained."""
+        exact = not any(part.row_energy is not None for layer in stored.values() for part in layer.parts)
+        return cls(tuple(tasks), exact, keep_past, {name: getattr(trained, name) for name in _TASK_FIELDS})
+
+    @classmethod
+    def of(cls, config: LoraConfig) -> Marker | None:
+        """The marker of an adapter's configuration; None for any other LoRA."""
+        for pattern in getattr(config, "rank_pattern", None) or {}:
+            found = _MARKER.match(pattern)
+            if found:
+                data = json.loads(urllib.parse.unquote(found[1]))
+                return cls(tuple(data["tasks"]), data["exact"], data["keep_past"], data["trained"])
+        return None
+
+
+def past_of(model: PeftModel, adapter: str) -> Past | None:
+    """The past that lives with ``adapter`` of ``model``; None before the first fold."""
+    return getattr(model.peft_config.get(adapter), "past", None)
+
+
+def trained_adapter(model: PeftModel, adapter: str) -> str:
+    """Name of the adapter in training where the user's is ``adapter``."""
+    return TASK if TASK in model.peft_config else adapter
+
+
+def move_adapter(model: PeftModel, old: str, new: str) -> None:
+    """Give an adapter another name: the same modules and Parameter objects, as active and as trainable as before."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in (*module.adapter_layer_names, *module.other_param_names, "lora_variant"):
+                held = getattr(module, name, None)
+                if hasattr(held, "keys") and old in held:
+                    held[new] = held.pop(old)
+        elif isinstance(module, ModulesToSaveWrapper):
+            if old not in module.modules_to_save:
+                continue
+            module.modules_to_save[new] = module.modules_to_save.pop(old)
+            module._adapters = module._adapters - {old} | {new}
+        else:
+            continue
+        module._active_adapter = _renamed(module._active_adapter, old, new)
+    model.peft_config[new] = model.peft_config.pop(old)
+    for holder in (model, model.base_model):
+        holder.active_adapter = _renamed(holder.active_adapter, old, new)
+
+
+def _renamed(active: str | list[str], old: str, new: str) -> str | list[str]:
+    if isinstance(active, str):
+        return new if active == old else active
+    return [new if name == old else name for name in active]
+
+
+def install(
+    model: PeftModel, layers: Iterable[AdaptedLayer], stored: Mapping[str, StoredLayer], past: Past, *, in_base: bool
+) -> None:
+    """Write ``stored`` as the knowledge adapter ``past.adapter`` beside the trained one and make both act together."""
+    layers, knowledge = list(layers), past.adapter
+    for layer in layers:
+        kept = stored[layer.name]
+        layer.write(knowledge, [(part.right, part.left) for part in kept.parts], kept.bias)
+        forwarded = not isinstance(layer, AttentionLayer)
+        act_together(layer.module, knowledge, in_base=in_base, forwarded=forwarded, folded=True)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and TASK in module.modules_to_save:
+            _keep_module(module, knowledge)
+    for module in _left_out(model, layers, TASK).values():
+        _keep_adapter(module, knowledge)
+        act_together(module, knowledge, in_base=False, forwarded=True, folded=False)
+    config = knowledge_config(model.peft_config[TASK], layers, stored, past, left_out_ranks(model, layers, TASK))
+    model.peft_config[knowledge] = EllaLoraConfig.of(config, past)
+
+
+def _left_out(model: PeftModel, layers: Iterable[AdaptedLayer], adapter: str) -> dict[str, LoraLayer]:
+    """Layers of ``adapter`` that are trained on through all tasks, outside the past, by path."""
+    folded = {id(layer.module) for layer in layers}
+    modules = model.base_model.model.named_modules()
+    return {
+        path: module
+        for path, module in modules
+        if isinstance(module, LoraLayer) and adapter in module.scaling and id(module) not in folded
+    }
+
+
+def left_out_ranks(model: PeftModel, layers: Iterable[AdaptedLayer], adapter: str) -> dict[str, tuple[int, float]]:
+    """Rank and α of the layers of ``adapter`` outside the past, by path."""
+    found = _left_out(model, layers, adapter)
+    return {path: (module.r[adapter], module.lora_alpha[adapter]) for path, module in found.items()}
+
+
+def _keep_module(module: ModulesToSaveWrapper, knowledge: str) -> None:
+    module.modules_to_save[knowledge] = copy.deepcopy(module.modules_to_save[TASK]).requires_grad_(False)
+    module._adapters.add(knowledge)
+    release(module)
+    module.register_forward_hook(PreviousModule(knowledge), with_kwargs=True)
+
+
+def _keep_adapter(module: LoraLayer, knowledge: str) -> None:
+    """A frozen copy of a layer's adapter that is trained on through all tasks."""
+    for name in (*module.adapter_layer_names, *module.other_param_names):
+        held = getattr(module, name, None)
+        if hasattr(held, "keys") and TASK in held:
+            held[knowledge] = copy.deepcopy(held[TASK])
+            if hasattr(held[knowledge], "requires_grad_"):
+                held[knowledge].requires_grad_(False)
+
+
+def add_trained_adapter(model: PeftModel, knowledge: str, marker: Marker, folder: Path | None = None) -> None:
+    """Add :data:`TASK` to a model that PEFT loaded with the knowledge alone: as saved in ``folder``, else fresh."""
+    held = model.peft_config[knowledge]
+    config = copy.deepcopy(held)
+    for name, value in marker.trained.items():
+        setattr(config, name, value)
+    config.inference_mode = False
+    # The layers are replicated already.
+    config.layer_replication = None
+    # Not the task classes' own add_adapter, which would ask for the task head a second time.
+    PeftModel.add_adapter(model, TASK, config)
+    config.layer_replication = held.layer_replication
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and TASK in module.modules_to_save:
+            module.modules_to_save[TASK].load_state_dict(module.modules_to_save[knowledge].state_dict())
+    if folder is not None and (folder / TASK).is_dir():
+        model.load_adapter(str(folder / TASK), TASK, is_trainable=True)
+    model.set_adapter(TASK)
+
+
+def remove(model: PeftModel) -> None:
+    """Take everything of ELLA but the adapters themselves out of a model."""
+    for module in model.modules():
+        release(module)
+
+
+def knowledge_config(
+    trained: LoraConfig,
+    layers: Iterable[AdaptedLayer],
+    stored: Mapping[str, StoredLayer],
+    past: Past,
+    left_out: Mapping[str, tuple[int, float]] = {},
+) -> LoraConfig:
+    """The knowledge adapter's configuration: the trained one's layers, plain LoRA, scaling 1, each layer's rank."""
+    ranks = peft_ranks(layers, {name: layer.rank for name, layer in stored.items()})
+    marker = Marker.about(trained, past.tasks, stored, past.config["keep_past"])
+    return plain_config(trained, ranks, left_out, marker)
+
+
+def plain_config(
+    trained: LoraConfig,
+    ranks: Mapping[str, int],
+    left_out: Mapping[str, tuple[int, float]] = {},
+    marker: Marker | None = None,
+) -> LoraConfig:
+    """A plain LoRA of scaling 1 on ``trained``'s layers, ``ranks`` by module path; ``left_out`` keep theirs and α."""
+    config = copy.copy(trained)
+    common = max(ranks.values(), default=1)
+    # Anchored: one module's path may end as another's reads.
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    alphas = dict(others)
+    for name, (rank, alpha) in left_out.items():
+        others[f"^{re.escape(name)}"], alphas[f"^{re.escape(name)}"] = rank, alpha
+    if marker is not None and ranks:
+        first = f"^{re.escape(next(iter(ranks)))}"
+        # Read first by PEFT, also where the file sorts its keys.
+        others = {marker.mark(first): others.pop(first, common), **others}
+    plain = {
+        "r": common, "lora_alpha": common, "rank_pattern": others, "alpha_pattern": alphas, "use_rslora": False,
+        "lora_dropout": 0.0, "init_lora_weights": False, "inference_mode": False, "eva_config": None,
+        "corda_config": None, "lora_ga_config": None,
+    }  # fmt: skip
+    for name, value in plain.items():
+        setattr(config, name, value)
+    config.__dict__.pop("past", None)
+    return config
+
+
+def peft_ranks(layers: Iterable[AdaptedLayer], by_name: Mapping[str, int]) -> dict[str, int]:
+    """Ranks by the module path that PEFT matches: an expert wrapper's module, an attention module as a whole."""
+    ranks = {}
+    for layer in layers:
+        name = layer.name
+        if isinstance(layer, ExpertsLayer):
+            name = name.removesuffix(f".{layer.module.parameter_name}")
+        elif isinstance(layer, AttentionLayer) and name.endswith(".out_proj") and name.rpartition(".")[0] in ranks:
+            continue  # takes the rank of the attention it is inside of
+        ranks[name] = by_name[layer.name]
+    return ranks
+
+
+def parameters_of(layers: Iterable[AdaptedLayer], adapter: str) -> list[Tensor]:
+    """Factors of ``adapter`` in all layers that have it."""
+    return [parameter for layer in layers for parameter in layer.all_parameters(adapter)]

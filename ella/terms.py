@@ -1,0 +1,102 @@
+"""What a step's penalty is computed from: every layer's past with the conventions of the config in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import NamedTuple
+
+from torch import Tensor
+
+import ella_kernels as ek
+
+from .config import EllaConfig
+from .linear_layers import LinearLayers
+from .lora import AdaptedLayer
+from .past import Past
+
+__all__ = ["Term", "Terms"]
+
+
+class Term(NamedTuple):
+    """One ``P``: a part of a layer against its past, ``scaling`` with every convention of the config in it."""
+
+    layer: int
+    part: int
+    past: ek.LowRank | None
+    scaling: float
+
+
+class Operands(NamedTuple):
+    """All terms as long as the stored past is where and what ``key`` says, and what the kernels take of them as lists.
+
+    ``stored`` are the factors it says it of, whose memory is held so that no other past can come to lie there.
+    """
+
+    key: tuple
+    stored: list[Tensor]
+    terms: list[Term]
+    pasts: list[ek.LowRank | None]
+    scalings: list[float]
+
+
+class Terms:
+    """The terms of ``layers``, made at a fold and whenever a stored factor was moved or written, or a scaling set."""
+
+    def __init__(self, config: EllaConfig, layers: Sequence[AdaptedLayer], linear: LinearLayers) -> None:
+        self.config, self.layers, self._linear = config, layers, linear
+        self._made: Operands | None = None
+
+    def current(self, past: Past) -> Operands:
+        """Those of the model as it is now."""
+        factors = self._linear.parameters(past.adapter) if past and not past.is_external else None
+        if factors is None:
+            parts = [past.factors(layer) or () for layer in self.layers]
+            factors = [factor for part in parts for pair in part for factor in pair]
+        key = (
+            self._linear.scalings(self.layers[0].adapter) or tuple(layer.scaling() for layer in self.layers),
+            tuple(map(Tensor.data_ptr, factors)),
+            tuple(map(attrgetter("_version"), factors)),
+            tuple(map(attrgetter("device"), factors)),
+            tuple(map(Tensor.size, factors)),
+            tuple(map(Tensor.stride, factors)),
+        )
+        if self._made is None or self._made.key != key:
+            terms = [term for i in range(len(self.layers)) for term in self._of_layer(past, i)]
+            stored = [factor.detach() for factor in factors]
+            self._made = Operands(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms])
+        return self._made
+
+    def _of_layer(self, past: Past, index: int) -> list[Term]:
+        layer = self.layers[index]
+        scaling = layer.scaling() if self.config.include_scaling else 1.0
+        pasts = past.parts(layer)
+        if pasts is None:
+            return [Term(index, part, None, scaling) for part in range(layer.n_parts)]
+        if self.config.normalize == "rms":
+            size = layer.shape[0] * layer.shape[1] * len(pasts)
+            mean_square = sum(map(_squared_norm, pasts)) / size
+            if mean_square == 0:
+                return [Term(index, part, None, scaling) for part in range(len(pasts))]
+            scaling /= math.sqrt(mean_square)
+        if self.config.penalty_rank is not None:
+            pasts = [_keep(past, self.config.penalty_rank) for past in pasts]
+        return [Term(index, part, past, scaling) for part, past in enumerate(pasts)]
+
+
+def _squared_norm(past: ek.LowRank) -> float:
+    """``‖W_past‖_F²`` with what was dropped, in float64."""
+    left, right = past.left.double(), past.right.double()
+    total = ((left.mT @ left) * (right @ right.mT)).sum().item()
+    return total if past.row_energy is None else total + past.row_energy.double().sum().item()
+
+
+def _keep(past: ek.LowRank, rank: int) -> ek.LowRank:
+    """The leading ``rank`` components, the rest and what was dropped before as energies."""
+    kept = ek.truncate(past.left, past.right, rank)
+    if past.row_energy is None:
+        return kept
+    if kept.row_energy is None:
+        return kept._replace(row_energy=past.row_energy, col_energy=past.col_energy)
+    return kept._replace(row_energy=kept.row_energy + past.row_energy, col_energy=kept.col_energy + past.col_energy)
