@@ -264,7 +264,7 @@ class EllaRegularizer:
             )
         for factor, parameter in zip("AB", layer.parameters(), strict=True):
             if parameter.device.type == "meta":
-                raise ValueError(f"lora_{factor} of {layer.name} is offloaded (on meta); {task!r} is not folded")
+                raise ValueError(f"lora_{factor} of {layer.name} is offloaded (on meta): {task!r} not folded")
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"lora_{factor} of {layer.name} is not finite; {task!r} is not folded")
         bias = layer.bias()
