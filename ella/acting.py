@@ -33,13 +33,19 @@ class TogetherVariant(LoraVariant):
     Args:
         knowledge: name of the knowledge adapter.
         in_base: whether its update is in the base weight already (``keep_past="merge"``), so that it adds nothing.
+        merged_by_twin: whether merging the layer that this one is tied to merges it too: one weight, one update.
+        unmergeable: why merging would be wrong, or None.
 
     ``ran`` is set by every forward: a kernel that computes LoRA past the layer never sets it.
     """
 
-    def __init__(self, knowledge: str, in_base: bool = False) -> None:
+    def __init__(
+        self, knowledge: str, in_base: bool = False, merged_by_twin: bool = False, unmergeable: str | None = None
+    ) -> None:
         self.knowledge = knowledge
         self.in_base = in_base
+        self.merged_by_twin = merged_by_twin
+        self.unmergeable = unmergeable
         self.ran = False
 
     def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -75,11 +81,13 @@ class TogetherVariant(LoraVariant):
 
     def _merged_with(self, module: LoraLayer, active_adapter: str) -> list[str]:
         # PEFT appends to merged_adapters after a merge and pops before an unmerge, last first: both see the same list.
-        if active_adapter == self.knowledge and TASK in module.merged_adapters:
+        if self.merged_by_twin or (active_adapter == self.knowledge and TASK in module.merged_adapters):
             return []
         return self._adapters(module, active_adapter, self.knowledge in module.merged_adapters)
 
     def _shifted(self, module: LoraLayer, active_adapter: str, weight: Tensor, sign: int) -> Tensor:
+        if self.unmergeable and sign > 0:
+            raise ValueError(self.unmergeable)
         deltas = [module.get_delta_weight(name) for name in self._merged_with(module, active_adapter)]
         if not deltas:
             return weight
@@ -245,7 +253,8 @@ class _Together:
     """Mixin of subclasses of PEFT layers whose merges know no variants: the trained adapter brings the knowledge."""
 
     ella_knowledge: str
-    _merging = False
+    # While merging: the module whose list of merged adapters says what is merged already.
+    _merging: LoraLayer | None = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         with self._bringing():
@@ -258,11 +267,12 @@ class _Together:
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's, and while merging what merging ``adapter`` adds: with the knowledge unless that is merged itself."""
         delta = super().get_delta_weight(adapter, *args, **kwargs)
-        if not self._merging:
+        if self._merging is None:
             return delta
-        if adapter == self.ella_knowledge and TASK in self.merged_adapters:
+        merged = self._merging.merged_adapters
+        if adapter == self.ella_knowledge and TASK in merged:
             return torch.zeros_like(delta)
-        if self._together([adapter]) == [adapter] or self.ella_knowledge in self.merged_adapters:
+        if self._together([adapter]) == [adapter] or self.ella_knowledge in merged:
             return delta
         return delta + super().get_delta_weight(self.ella_knowledge, *args, **kwargs)
 
@@ -272,11 +282,11 @@ class _Together:
         before = [module._merging for module in modules]
         try:
             for module in modules:
-                module._merging = True
+                module.__dict__["_merging"] = self  # not as a submodule
             yield
         finally:
             for module, merging in zip(modules, before, strict=True):
-                module._merging = merging
+                module.__dict__["_merging"] = merging
 
     def _together(self, names: list[str]) -> list[str]:
         """``names`` with the knowledge in front where the trained adapter is among them and the knowledge is not."""
@@ -341,7 +351,16 @@ TogetherAttention.__name__, TogetherExperts.__name__ = MultiheadAttention.__name
 _SUBCLASSES: dict[type, type] = {MultiheadAttention: TogetherAttention, ParamWrapper: TogetherExperts}
 
 
-def act_together(module: LoraLayer, knowledge: str, *, in_base: bool, forwarded: bool, folded: bool) -> None:
+def act_together(
+    module: LoraLayer,
+    knowledge: str,
+    *,
+    in_base: bool,
+    forwarded: bool,
+    folded: bool,
+    merged_by_twin: bool = False,
+    unmergeable: str | None = None,
+) -> None:
     """Make the trained adapter of ``module`` bring the knowledge along; calling it again changes nothing.
 
     Args:
@@ -349,6 +368,7 @@ def act_together(module: LoraLayer, knowledge: str, *, in_base: bool, forwarded:
         forwarded: whether the layer's own forward runs (an attention's output projection is read as a weight).
         folded: whether the knowledge is of other tasks than the trained adapter; a layer that is trained on through
             all tasks has a copy there, which acts with the adapters disabled only.
+        merged_by_twin, unmergeable: see :class:`TogetherVariant`.
     """
     release(module)
     module.ella_knowledge = knowledge
@@ -369,8 +389,8 @@ def act_together(module: LoraLayer, knowledge: str, *, in_base: bool, forwarded:
     if not folded:
         return
     if by_variant:
-        module.lora_variant[knowledge] = TogetherVariant(knowledge)
-        module.lora_variant[TASK] = TogetherVariant(knowledge)
+        for name in (knowledge, TASK):
+            module.lora_variant[name] = TogetherVariant(knowledge, False, merged_by_twin, unmergeable)
     if not _names_variants(type(module).merge):
         module.__class__ = _merging_subclass(type(module))
 

@@ -17,14 +17,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraConfig, LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from torch import Tensor, nn
 
 from .acting import TASK, PreviousModule, act_together, release
 from .checkpoint import StoredLayer
-from .lora import AdaptedLayer, AttentionLayer, ExpertsLayer
+from .lora import AdaptedLayer, AttentionLayer, ExpertsLayer, adapted_layers
+from .merging import shared_weights
 from .past import Past
 
 __all__ = [
@@ -137,23 +139,59 @@ def _renamed(active: str | list[str], old: str, new: str) -> str | list[str]:
 
 
 def install(
-    model: PeftModel, layers: Iterable[AdaptedLayer], stored: Mapping[str, StoredLayer], past: Past, *, in_base: bool
+    model: PeftModel,
+    layers: Iterable[AdaptedLayer],
+    stored: Mapping[str, StoredLayer],
+    past: Past,
+    *,
+    in_base: bool,
+    folding: bool,
 ) -> None:
-    """Write ``stored`` as the knowledge adapter ``past.adapter`` beside the trained one and make both act together."""
+    """Write ``stored`` as the knowledge adapter ``past.adapter`` beside the trained one and make both act together.
+
+    ``folding``: a task ends here, so what is trained beside the factors (``modules_to_save``) is finished too.
+    """
     layers, knowledge = list(layers), past.adapter
+    merges = _merges(model, layers)
     for layer in layers:
         kept = stored[layer.name]
         layer.write(knowledge, [(part.right, part.left) for part in kept.parts], kept.bias)
-        forwarded = not isinstance(layer, AttentionLayer)
-        act_together(layer.module, knowledge, in_base=in_base, forwarded=forwarded, folded=True)
+        act_together(
+            layer.module,
+            knowledge,
+            in_base=in_base,
+            forwarded=not isinstance(layer, AttentionLayer),
+            folded=True,
+            **merges.get(layer.name, {}),
+        )
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and TASK in module.modules_to_save:
-            _keep_module(module, knowledge)
+            _keep_module(module, knowledge, folding)
     for module in _left_out(model, layers, TASK).values():
-        _keep_adapter(module, knowledge)
+        # Trained on through all tasks: the knowledge is a copy.
+        if folding or knowledge not in module.scaling:
+            _copy_adapter(module, TASK, knowledge)
         act_together(module, knowledge, in_base=False, forwarded=True, folded=False)
     config = knowledge_config(model.peft_config[TASK], layers, stored, past, left_out_ranks(model, layers, TASK))
     model.peft_config[knowledge] = EllaLoraConfig.of(config, past)
+
+
+def _merges(model: PeftModel, layers: Iterable[AdaptedLayer]) -> dict[str, dict[str, Any]]:
+    """How merging treats each layer whose base weight other modules use too: :func:`act_together`'s last arguments."""
+    shared = shared_weights(model, layers)
+    twins = {layer.tied_to for layer in layers}
+    found = {}
+    for layer in layers:
+        if layer.name not in shared:
+            continue
+        if layer.tied_to in shared:  # its adapter is tied as the weights are: one merge is both
+            found[layer.name] = {"merged_by_twin": True}
+        elif layer.name not in twins:
+            found[layer.name] = {
+                "unmergeable": f"the base weight of {layer.name} is another module's too (tied embeddings, replicated "
+                "layers): merging would change both; use export_adapter, which keeps the update apart"
+            }
+    return found
 
 
 def _left_out(model: PeftModel, layers: Iterable[AdaptedLayer], adapter: str) -> dict[str, LoraLayer]:
@@ -173,41 +211,93 @@ def left_out_ranks(model: PeftModel, layers: Iterable[AdaptedLayer], adapter: st
     return {path: (module.r[adapter], module.lora_alpha[adapter]) for path, module in found.items()}
 
 
-def _keep_module(module: ModulesToSaveWrapper, knowledge: str) -> None:
-    module.modules_to_save[knowledge] = copy.deepcopy(module.modules_to_save[TASK]).requires_grad_(False)
+def _keep_module(module: ModulesToSaveWrapper, knowledge: str, folding: bool) -> None:
+    if folding or knowledge not in module.modules_to_save:
+        module.modules_to_save[knowledge] = copy.deepcopy(module.modules_to_save[TASK]).requires_grad_(False)
     module._adapters.add(knowledge)
     release(module)
     module.register_forward_hook(PreviousModule(knowledge), with_kwargs=True)
 
 
-def _keep_adapter(module: LoraLayer, knowledge: str) -> None:
-    """A frozen copy of a layer's adapter that is trained on through all tasks."""
+def _copy_adapter(module: LoraLayer, source: str, to: str) -> None:
+    """A copy of a layer's adapter under another name, as trainable as what was there."""
     for name in (*module.adapter_layer_names, *module.other_param_names):
         held = getattr(module, name, None)
-        if hasattr(held, "keys") and TASK in held:
-            held[knowledge] = copy.deepcopy(held[TASK])
-            if hasattr(held[knowledge], "requires_grad_"):
-                held[knowledge].requires_grad_(False)
+        if hasattr(held, "keys") and source in held:
+            held[to] = copy.deepcopy(held[source])
 
 
 def add_trained_adapter(model: PeftModel, knowledge: str, marker: Marker, folder: Path | None = None) -> None:
     """Add :data:`TASK` to a model that PEFT loaded with the knowledge alone: as saved in ``folder``, else fresh."""
-    held = model.peft_config[knowledge]
-    config = copy.deepcopy(held)
+    config = copy.copy(model.peft_config[knowledge])
     for name, value in marker.trained.items():
         setattr(config, name, value)
     config.inference_mode = False
-    # The layers are replicated already.
-    config.layer_replication = None
-    # Not the task classes' own add_adapter, which would ask for the task head a second time.
-    PeftModel.add_adapter(model, TASK, config)
-    config.layer_replication = held.layer_replication
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and TASK in module.modules_to_save:
-            module.modules_to_save[TASK].load_state_dict(module.modules_to_save[knowledge].state_dict())
+    model.peft_config[TASK] = config
+    # Layer by layer, not by PEFT's injection: that would replicate layers again, and does not tie a second adapter.
+    layers = adapted_layers(model, knowledge, skip_unsupported=True, warn=False)
+    for layer in layers:
+        if not layer.has(TASK):  # an attention module brings its output projection along
+            _add_layer(layer.module, layer.name, config)
+    for path, module in _left_out(model, layers, knowledge).items():
+        _add_layer(module, path, config)
+        _copy_adapter(module, knowledge, TASK)
+    by_name = {layer.name: layer.module for layer in layers}
+    for layer in layers:
+        if layer.tied_to is not None:
+            _tie(by_name[layer.tied_to], layer.module)
+    model.base_model._cast_adapter_dtype(adapter_name=TASK, autocast_adapter_dtype=True)
+    _add_modules(model, knowledge)
     if folder is not None and (folder / TASK).is_dir():
         model.load_adapter(str(folder / TASK), TASK, is_trainable=True)
     model.set_adapter(TASK)
+
+
+def _add_layer(module: LoraLayer, path: str, config: LoraConfig) -> None:
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
+    module.update_layer(TASK, r=rank, lora_alpha=alpha, config=config)
+
+
+def _tie(embedding: LoraLayer, head: LoraLayer) -> None:
+    """PEFT ties the adapter of an output head to the embedding's, transposed."""
+    a, b = embedding.lora_embedding_A[TASK], embedding.lora_embedding_B[TASK]
+    head.lora_A[TASK].weight, head.lora_B[TASK].weight = nn.Parameter(b.data.t()), nn.Parameter(a.data.t())
+
+
+def _add_modules(model: PeftModel, knowledge: str) -> None:
+    tied: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and knowledge in module.modules_to_save:
+            held = module.modules_to_save[knowledge]
+            module.update(TASK)
+            made = module.modules_to_save[TASK]
+            made.load_state_dict(held.state_dict())
+            for name, parameter in held.named_parameters():
+                own = made.get_parameter(name)
+                if tied.setdefault(parameter.data_ptr(), own) is not own:
+                    parent, _, last = name.rpartition(".")
+                    setattr(made.get_submodule(parent), last, tied[parameter.data_ptr()])
+
+
+def load_rest(model: PeftModel, knowledge: str, folder: Path) -> None:
+    """What finished tasks left beside the factors, from the adapter that was saved in ``folder``.
+
+    A module that the trained adapter has not trained yet goes on from there.
+    """
+    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and TASK in m.modules_to_save]
+    left_out = any(isinstance(m, LoraLayer) and TASK in m.scaling and not m.lora_variant for m in model.modules())
+    if not (wrappers or left_out) or not (folder / "adapter_model.safetensors").is_file():
+        return
+    untouched = [module for module in wrappers if _equal(module.modules_to_save[TASK], module.original_module)]
+    model.load_adapter(str(folder), knowledge)
+    for module in untouched:
+        module.modules_to_save[TASK].load_state_dict(module.modules_to_save[knowledge].state_dict())
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a.to(b.device), b) for a, b in pairs)
 
 
 def remove(model: PeftModel) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import StoredLayer
 from .lora import AdaptedLayer
 
-__all__ = ["MergedBase", "check_mergeable", "checksums"]
+__all__ = ["MergedBase", "check_fits", "check_mergeable", "checksums", "shared_weights"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HINT = "; use keep_past='adapter'"
@@ -22,7 +23,7 @@ def check_mergeable(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
 
     Share of a task's own update lost by merging into quantised weights, measured: NF4 62–109 %, int8 5–49 %.
     """
-    owners = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False) if p.numel())
+    shared = shared_weights(model, layers)
     for layer in layers:
         base = layer.module.get_base_layer()
         weight = getattr(base, "weight", None)
@@ -41,13 +42,30 @@ def check_mergeable(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
             raise ValueError(
                 f"keep_past='merge' needs base weights in memory; that of {layer.name} is offloaded{_HINT}"
             )
-        if owners[weight.data_ptr()] > 1:
+        if layer.name in shared:
             raise ValueError(
                 f"keep_past='merge' cannot merge into a shared weight: that of {layer.name} is also another module's "
                 f"(tied embeddings, replicated layers){_HINT}"
             )
         if layer.bias() is not None and getattr(base, "bias", None) is None:
             raise ValueError(f"keep_past='merge' cannot keep lora_bias: {layer.name} has no bias to merge into{_HINT}")
+
+
+def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> set[str]:
+    """Names of the layers whose base weight is another module's as well: tied embeddings, replicated layers."""
+    owners = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False) if p.numel())
+    weights = {layer.name: getattr(layer.module.get_base_layer(), "weight", None) for layer in layers}
+    return {name for name, weight in weights.items() if weight is not None and owners[weight.data_ptr()] > 1}
+
+
+@torch.no_grad()
+def check_fits(layers: Sequence[AdaptedLayer], stored: Mapping[str, StoredLayer]) -> None:
+    """Raise ValueError, naming the layer, where base and past together could be beyond its dtype."""
+    for layer in layers:
+        weight, (part,) = layer.module.get_base_layer().weight, stored[layer.name].parts
+        largest = weight.abs().max().double() + (part.left.double() @ part.right.double()).abs().max()
+        if largest > torch.finfo(weight.dtype).max:
+            raise ValueError(f"{layer.name}: base and past together do not fit {weight.dtype}{_HINT}")
 
 
 class MergedBase:
@@ -68,9 +86,6 @@ class MergedBase:
 
         Returns the relative Frobenius error of the rounded weights by layer name: the relative error of the layer's
         outputs for white inputs.
-
-        Raises:
-            ValueError: a sum that its dtype cannot hold (the layer is named; layers before it are merged already).
         """
         errors = {}
         for layer in layers:
@@ -78,8 +93,6 @@ class MergedBase:
             exact = self._weights[layer.name].to(base.weight.device, torch.float64)
             exact = exact + layer.module.get_delta_weight(knowledge).double()
             rounded = exact.to(base.weight.dtype)
-            if not rounded.isfinite().all():
-                raise ValueError(f"{layer.name}: base and past together do not fit {base.weight.dtype}{_HINT}")
             norm = exact.norm().item()
             errors[layer.name] = (rounded.double() - exact).norm().item() / norm if norm else 0.0
             base.weight.copy_(rounded)

@@ -22,7 +22,7 @@ from .export import ExportReport, export_live
 from .knowledge import Marker, past_of, trained_adapter
 from .linear_layers import LinearLayers, gradients
 from .lora import AdaptedLayer, adapted_layers
-from .merging import MergedBase, check_mergeable, checksums
+from .merging import MergedBase, check_fits, check_mergeable, checksums
 from .past import FoldReport, Past, fold_layer
 from .terms import Term, Terms
 
@@ -244,9 +244,11 @@ class EllaRegularizer:
         for layer in self.layers:
             self._check_foldable(layer, name)
         folded = {layer.name: self._fold(layer) for layer in self.layers}
+        if self.config.keep_past == "merge":
+            check_fits(self.layers, folded)
         self._drop_reference()
         self._past.tasks.append(name)
-        merge_error = self._install(folded)
+        merge_error = self._install(folded, folding=True)
         self.reset_adapter()
         return dataclasses.replace(FoldReport.of(name, folded), merge_error=merge_error)
 
@@ -259,7 +261,7 @@ class EllaRegularizer:
         replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
         if replaced and self.config.keep_past == "adapter":
             raise ValueError(
-                f"the forward of {layer.name} was replaced on the module (a fused LoRA kernel?), so that finished tasks "
+                f"the forward of {layer.name} was replaced on the module (a fused LoRA kernel?), so finished tasks "
                 "cannot act in it: give PEFT's own forward back, or use keep_past='merge'"
             )
         for factor, parameter in zip("AB", layer.parameters(), strict=True):
@@ -282,10 +284,12 @@ class EllaRegularizer:
         parts = layer.factors(*layer.parameters())
         return fold_layer(self._past.stored(layer), parts, layer.scaling(), layer.bias(), self.config.past_rank)
 
-    def _install(self, stored: Mapping[str, StoredLayer], merged: bool = False) -> dict[str, float]:
+    def _install(
+        self, stored: Mapping[str, StoredLayer], *, folding: bool = False, merged: bool = False
+    ) -> dict[str, float]:
         """Make ``stored`` the model's past, where the config keeps it; returns the errors of merging.
 
-        ``merged``: the base weights hold it already.
+        ``folding``: a task ends with it. ``merged``: the base weights hold it already.
         """
         model, past, keep = self.model, self._past, self.config.keep_past
         past.config = self.config.to_dict()
@@ -301,7 +305,7 @@ class EllaRegularizer:
             knowledge.move_adapter(model, past.adapter, TASK)
         self._find_layers(TASK)
         past.adopt(self.layers, stored, model.peft_config[TASK])
-        knowledge.install(model, self.layers, stored, past, in_base=keep == "merge")
+        knowledge.install(model, self.layers, stored, past, in_base=keep == "merge", folding=folding)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for parameter in knowledge.parameters_of(self.layers, past.adapter):
@@ -473,7 +477,11 @@ class EllaRegularizer:
         merged = self._is_merged(state, folder)
         self._past.tasks, self._past.base = list(state.tasks), None
         self._past.extra = {key: state.extra[key] for key in _BASE_EXTRA if key in state.extra}
-        self._install(state.layers, merged)
+        self._install(state.layers, merged=merged)
+        if folder is not None and TASK in model.peft_config:
+            training = model.training
+            knowledge.load_rest(model, name, folder)
+            model.train(training)
 
     def _check_layers(self, saved: Mapping[str, Sequence[int]], directory: str | Path) -> None:
         own = {layer.name: (layer.n_parts, *layer.shape) for layer in self.layers}

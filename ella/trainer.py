@@ -90,14 +90,14 @@ class EllaCallback(TrainerCallback):
 class _Seed:
     """A seeded gradient on its way to the optimizer: a trainer must not throw it away.
 
-    One parameter is watched, that with the largest seed. Autograd adds the task's gradients to the seed; what arrives
-    at the optimizer is their sum, clipped. Without the seed it is parallel to the task's alone.
+    One parameter is watched, that with the largest seed. Autograd adds the micro-batches' gradients to the seed; what
+    arrives at the optimizer is their sum, clipped. Without the seed it is parallel to theirs alone.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
         self.seed = parameter.grad.detach().clone()
-        self.task = torch.zeros_like(self.seed)
+        self.task: list[Tensor] = []
         self._hook = parameter.register_hook(self._add)
 
     @classmethod
@@ -110,18 +110,20 @@ class _Seed:
         return None if largest is None or not largest.grad.any() else cls(largest)
 
     def _add(self, grad: Tensor) -> None:
-        self.task += grad.to(self.task.dtype)
+        self.task.append(grad.detach().clone())
 
     def arrived(self) -> bool | None:
         """Whether the seed is in the gradient; None where it is too small beside the task's to tell."""
         self._hook.remove()
         if self.parameter.grad is None:
             return False
-        found, task, seed = (t.double().flatten() for t in (self.parameter.grad, self.task, self.seed))
-        gap = _distance(task, task + seed)
+        found, seed, *task = (t.double().flatten() for t in (self.parameter.grad, self.seed, *self.task))
+        gap = _distance(sum(task), sum(task) + seed) if task else 2.0
         if gap < 100 * torch.finfo(self.seed.dtype).eps:
             return None
-        return _distance(found, task) > 0.1 * gap
+        # Thrown away before any of the micro-batches, with those before it.
+        without = [sum(task[i:]) for i in range(len(task))]
+        return found.any().item() and all(_distance(found, rest) > 0.1 * gap for rest in without)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -7,9 +7,11 @@ import warnings
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ella.acting import TASK
+# Written out: a process that knows nothing of ella builds these models too.
+TASK = "ella_task"
 
 
 class Experts(nn.Module):
@@ -101,3 +103,49 @@ def add_deltas(total, new):
     if not total:
         return new
     return {name: [a + b for a, b in zip(total[name], new[name], strict=True)] for name in new}
+
+
+def llama(**options):
+    """A two-block LLaMA with grouped attention, the same weights every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def bert(num_labels=3):
+    """A two-block sequence classifier without dropout, the same weights every time."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        num_labels=num_labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def lora(**options):
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options)
+
+
+TOKENS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits(model):
+    """Of a language model or a classifier, in eval mode."""
+    was = model.training
+    model.eval()
+    found = model(input_ids=TOKENS).logits.clone().float()
+    model.train(was)
+    return found
+
+
+def train_rest(model, seed):
+    """Move what is trained beside the factors: modules_to_save, for example."""
+    gen = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_" not in name:
+                p.add_(0.1 * torch.randn(p.shape, generator=gen))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,10 +12,10 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ella import EllaCallback, EllaConfig, EllaRegularizer, attach
-from tests.ella.models import randomise
+from tests.ella.models import bert, randomise
 
 STEPS, ACCUMULATION, BATCH, LR, CLIP = 5, 4, 2, 1e-2, 0.5
 
@@ -35,15 +38,14 @@ def data(n, seed=0):
     ]
 
 
-def model_with_past(ella_lambda=0.02):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=3,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+def classifier():
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8, target_modules=["query", "value"])
-    model = get_peft_model(BertForSequenceClassification(config), lora)
-    reg = EllaRegularizer(model, EllaConfig(ella_lambda=ella_lambda, normalize="rms"))
+    return get_peft_model(bert().train(), lora)
+
+
+def model_with_past(ella_lambda=0.02, **options):
+    model = classifier()
+    reg = EllaRegularizer(model, EllaConfig(ella_lambda=ella_lambda, normalize="rms", **options))
     randomise(model, 1)
     reg.end_task("before")
     randomise(model, 2)
@@ -189,17 +191,180 @@ def test_several_tasks_through_trainers(tmp_path):
     assert reg.state().layers[reg.layers[0].name].rank == 12
 
 
-def test_a_resumed_checkpoint_keeps_the_past(tmp_path):
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+RESUMED = """
+import sys, torch
+from ella import EllaConfig, EllaRegularizer, attach
+from tests.ella.test_trainer import EXAMPLES, InOrder, arguments, classifier, weights
+folder, checkpoint, out = sys.argv[1:]
+model = classifier()
+reg = EllaRegularizer(model, EllaConfig(ella_lambda=0.02, normalize="rms"))
+trainer = InOrder(model, arguments(folder), train_dataset=EXAMPLES)
+attach(trainer, reg)
+trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
+logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "loss" in entry]
+torch.save({"weights": weights(model), "past": past(reg), "tasks": reg.tasks, "logged": logged}, out)
+""".replace("past(reg)", "{name: layer.tensors() for name, layer in reg.state().layers.items()}")
+
+
+def resumed(folder, checkpoint, out):
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", RESUMED, str(folder), str(checkpoint), str(out)]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("past_rank", [128, 6])
+def test_a_fresh_process_resumes_within_a_later_task(tmp_path, past_rank):
+    """The model, the past with its energies and the tasks come from the checkpoint alone."""
+    model, reg = model_with_past(past_rank=past_rank)
+    reg.end_task("between")
+    randomise(model, 4)
+    trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train()
+    found = resumed(tmp_path, tmp_path / "checkpoint-2", tmp_path / "found.pt")
+    assert difference(found["weights"], weights(model)) < 1e-6
+    assert found["tasks"] == reg.tasks == ["before", "between"]
+    logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found["logged"] == pytest.approx(logged, rel=1e-5)
+    for name, layer in reg.state().layers.items():
+        tensors = found["past"][name]
+        assert tensors.keys() == layer.tensors().keys() and ("row_energy" in tensors) == (past_rank == 6)
+        assert all(torch.equal(tensors[key], tensor) for key, tensor in layer.tensors().items())
+    # The same process, which has the past already.
+    again = InOrder(model, arguments(tmp_path), train_dataset=EXAMPLES)
+    attach(again, reg)
+    randomise(model, 77)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert difference(weights(model), found["weights"]) < 1e-6
+
+
+def test_a_fresh_process_resumes_within_the_first_task(tmp_path):
+    model = classifier()
+    reg = EllaRegularizer(model, EllaConfig(ella_lambda=0.02, normalize="rms"))
+    trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train()
+    found = resumed(tmp_path, "last", tmp_path / "found.pt")
+    assert difference(found["weights"], weights(model)) < 1e-6 and found["tasks"] == []
+    # And not into a model that has finished other tasks.
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    before = weights(model)
+    with pytest.raises(
+        ValueError, match=r"holds no state of ELLA, but this model has finished \['before'\]: resuming would"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(model), before)
+
+
+def test_a_checkpoint_of_other_tasks_is_refused(tmp_path):
     model, reg = model_with_past()
     trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
     attach(trainer, reg)
     trainer.train()
-    want = weights(model)
-    model, reg = model_with_past()
-    trainer = InOrder(model, arguments(tmp_path, save_strategy="no"), train_dataset=EXAMPLES)
+    reg.end_task("later")
+    trainer = InOrder(model, arguments(tmp_path), train_dataset=EXAMPLES)
     attach(trainer, reg)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert difference(weights(model), want) < 1e-6
+    with pytest.raises(ValueError, match=r"has finished the tasks \['before'\], this model \['before', 'later'\]"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for file in (tmp_path / "checkpoint-2").glob("ella_past*"):
+        file.unlink()
+    fresh = classifier()
+    trainer = InOrder(fresh, arguments(tmp_path), train_dataset=EXAMPLES)
+    attach(trainer, EllaRegularizer(fresh))
+    with pytest.raises(ValueError, match="holds no state of ELLA, but it was saved in a later task"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("first_task", [True, False])
+def test_the_best_model_is_the_best_of_the_current_task(tmp_path, first_task):
+    model, reg = (classifier(), None) if first_task else model_with_past()
+    reg = reg or EllaRegularizer(model)
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings = arguments(tmp_path, load_best_model_at_end=True, greater_is_better=True, **options)
+    knowledge = None if first_task else {n: p.clone() for n, p in model.named_parameters() if ".default" in n}
+    trainer = InOrder(model, settings, train_dataset=EXAMPLES, eval_dataset=EXAMPLES[:6])
+    attach(trainer, reg)
+    seen = {}
+    trainer.add_callback(type("Keep", (TrainerCallback,), {
+        "on_save": lambda self, args, state, control, **kwargs: seen.update({state.global_step: weights(model)})
+    })())  # fmt: skip
+    trainer.train()
+    # The worst is the best here: not the last one, whatever is learned.
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert best < STEPS and torch.equal(weights(model), seen[best]) and not torch.equal(seen[best], seen[STEPS])
+    if knowledge is not None:
+        assert all(torch.equal(p, knowledge[n]) for n, p in model.named_parameters() if n in knowledge)
+        with pytest.raises(
+            ValueError, match="load_best_model_at_end loads the finished tasks in place of the current one"
+        ):
+            InOrder(
+                model, settings, train_dataset=EXAMPLES, eval_dataset=EXAMPLES[:6], callbacks=[EllaCallback(reg)]
+            ).train()  # fmt: skip
+
+
+def test_the_folder_of_save_model_goes_on(tmp_path):
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path / "run"), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    again = EllaRegularizer.from_pretrained(classifier(), tmp_path / "saved")
+    assert again.tasks == ["before"] and again.config == reg.config
+    # Its root is a checkpoint without optimizer: adapters and past are taken from it.
+    fresh = classifier()
+    own = EllaRegularizer(fresh, reg.config)
+    trainer = InOrder(fresh, arguments(tmp_path / "run"), train_dataset=EXAMPLES)
+    attach(trainer, own)
+    trainer._load_from_checkpoint(str(tmp_path / "saved"))
+    assert torch.equal(weights(fresh), weights(model)) and own.values() == reg.values()
+
+
+# --- a trainer that does otherwise -----------------------------------------------------------------------------------
+
+
+class Zeroing(InOrder):
+    set_to_none = True
+
+    def training_step(self, model, *args, **kwargs):
+        model.zero_grad(set_to_none=self.set_to_none)
+        return super().training_step(model, *args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_trainer_that_zeroes_the_seed_is_an_error_in_the_first_step(tmp_path, set_to_none, accumulation):
+    model, reg = model_with_past(ella_lambda=1.0)
+    before = weights(model)
+    settings = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+    trainer = type("Zeroing", (Zeroing,), {"set_to_none": set_to_none})(model, settings, train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    with pytest.raises(RuntimeError, match="dropped the penalty's gradient between the start of the optimizer step"):
+        trainer.train()
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("ella_lambda", [0.0, 1e-9, 1e-3, 1.0, 1e6])
+def test_no_other_trainer_is(tmp_path, ella_lambda):
+    model, reg = model_with_past(ella_lambda=ella_lambda)
+    trainer = InOrder(model, arguments(tmp_path, max_steps=2), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train()
+
+
+def test_another_model_in_the_trainer_is_an_error(tmp_path):
+    _, reg = model_with_past()
+    other, _ = model_with_past()
+    trainer = InOrder(other, arguments(tmp_path), train_dataset=EXAMPLES, callbacks=[EllaCallback(reg)])
+    with pytest.raises(ValueError, match="trains another model than the regularizer's"):
+        trainer.train()
+    trainer = InOrder(args=arguments(tmp_path), model_init=lambda: reg.model, train_dataset=EXAMPLES)
+    with pytest.raises(ValueError, match="model_init builds a new model for every run"):
+        attach(trainer, EllaRegularizer(trainer.model))
 
 
 def test_wrong_attachments_are_named(tmp_path):
