@@ -1,4 +1,4 @@
-"""The command line: ``ella demo | run | inspect | fold | bench``."""
+"""The command line: ``ella demo | run | inspect | fold | export | bench``."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     fold.add_argument("-o", "--out", required=True, metavar="DIR")
     fold.add_argument("--past-rank", type=_positive, default=128, metavar="N", help="cap of the rank (default 128)")
     fold.set_defaults(command=_fold)
+
+    export = commands.add_parser("export", help="finished and current tasks of a saved state as one plain LoRA adapter")
+    export.add_argument("state", metavar="DIR", help="what a regularizer, PEFT, a trainer or `ella fold` saved")
+    export.add_argument("-o", "--out", required=True, metavar="OUT")
+    export.add_argument("--rank", type=_positive, metavar="N", help="cap of the rank (default: all that is needed)")
+    export.set_defaults(command=_export)
 
     bench = commands.add_parser("bench", help="the microbenchmark suite (from a source checkout)")
     bench.add_argument(
@@ -142,6 +148,13 @@ def _fold(arguments: argparse.Namespace) -> None:
         ranks = report.ranks.values()
         print(f"{report.task}: rank {min(ranks)} to {max(ranks)}, relative error {report.max_relative_error:.1e}")
     print(f"{len(reports)} adapters, {len(reports[-1].ranks)} layers folded into {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ella.offline import export_state
+
+    report = export_state(arguments.state, arguments.out, rank=arguments.rank)
+    print(f"{arguments.out}: {report}")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
