@@ -16,6 +16,7 @@ extras = {
         "pytest",
         "pytest-benchmark",
         "tensorboard",
+        "trl",
     ],
     "quality": ["ruff==0.17.6"],
 }
@@ -34,7 +35,8 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "peft>=0.18",
-        "transformers>=5.0",
+        # Older ones resume a PEFT checkpoint with several adapters without the one in its root.
+        "transformers>=5.23",
         "accelerate>=1.1",
         "safetensors",
         "numpy",
