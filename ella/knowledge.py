@@ -44,15 +44,20 @@ class EllaLoraConfig(LoraConfig):
     """The configuration that PEFT saves beside an adapter; ELLA's state of the past is saved with it.
 
     ``past`` is the :class:`~ella.past.Past` of the model. PEFT calls :meth:`save_pretrained` for every adapter folder
-    that it writes, in whatever trainer or loop, after the weights.
+    that it writes, in whatever trainer or loop, after the weights. ``saved`` are fields that files get with other
+    values than the model's.
     """
 
     past: Past | None = None
+    saved: Mapping[str, Any] = {}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         if self.past is not None:
             self.past.save_beside(save_directory)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | self.saved
 
     @classmethod
     def of(cls, config: LoraConfig, past: Past) -> EllaLoraConfig:
@@ -60,6 +65,16 @@ class EllaLoraConfig(LoraConfig):
         made = cls.__new__(cls)
         made.__dict__.update(config.__dict__, past=past)
         return made
+
+    def without_effect(self, but: Iterable[str]) -> None:
+        """Scaling 0 for whatever is made from this configuration in the model, except for the patterns ``but``.
+
+        For a base that holds the past: a copy of the knowledge (TRL's "ref") would add it a second time.
+        """
+        self.saved = {"lora_alpha": self.lora_alpha, "alpha_pattern": self.alpha_pattern}
+        but = set(but)
+        self.lora_alpha = 0
+        self.alpha_pattern = {key: alpha if key in but else 0 for key, alpha in self.alpha_pattern.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +187,11 @@ def install(
         if folding or knowledge not in module.scaling:
             _copy_adapter(module, TASK, knowledge)
         act_together(module, knowledge, in_base=False, forwarded=True, folded=False)
-    config = knowledge_config(model.peft_config[TASK], layers, stored, past, left_out_ranks(model, layers, TASK))
-    model.peft_config[knowledge] = EllaLoraConfig.of(config, past)
+    left_out = left_out_ranks(model, layers, TASK)
+    config = EllaLoraConfig.of(knowledge_config(model.peft_config[TASK], layers, stored, past, left_out), past)
+    if in_base:
+        config.without_effect(but=map(_pattern, left_out))
+    model.peft_config[knowledge] = config
 
 
 def _merges(model: PeftModel, layers: Iterable[AdaptedLayer]) -> dict[str, dict[str, Any]]:
@@ -328,13 +346,12 @@ def plain_config(
     """A plain LoRA of scaling 1 on ``trained``'s layers, ``ranks`` by module path; ``left_out`` keep theirs and α."""
     config = copy.copy(trained)
     common = max(ranks.values(), default=1)
-    # Anchored: one module's path may end as another's reads.
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    others = {_pattern(name): rank for name, rank in ranks.items() if rank != common}
     alphas = dict(others)
     for name, (rank, alpha) in left_out.items():
-        others[f"^{re.escape(name)}"], alphas[f"^{re.escape(name)}"] = rank, alpha
+        others[_pattern(name)], alphas[_pattern(name)] = rank, alpha
     if marker is not None and ranks:
-        first = f"^{re.escape(next(iter(ranks)))}"
+        first = _pattern(next(iter(ranks)))
         # Read first by PEFT, also where the file sorts its keys.
         others = {marker.mark(first): others.pop(first, common), **others}
     plain = {
@@ -346,6 +363,11 @@ def plain_config(
         setattr(config, name, value)
     config.__dict__.pop("past", None)
     return config
+
+
+def _pattern(path: str) -> str:
+    """What PEFT matches a module's path with: anchored, as one module's path may end as another's reads."""
+    return f"^{re.escape(path)}"
 
 
 def peft_ranks(layers: Iterable[AdaptedLayer], by_name: Mapping[str, int]) -> dict[str, int]:

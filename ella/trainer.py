@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from .acting import TASK
 from .checkpoint import PAST_FILE
+from .knowledge import Marker
 from .regularizer import EllaRegularizer
 
 __all__ = ["EllaCallback", "attach"]
@@ -181,6 +182,17 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
 def _load_checkpoint(load: Any, regularizer: EllaRegularizer, checkpoint: str, model: nn.Module | None = None) -> None:
     _restore(regularizer, checkpoint)
     load(checkpoint, model)
+    if regularizer.config.keep_past == "merge":
+        _silence_copies(regularizer)
+
+
+def _silence_copies(regularizer: EllaRegularizer) -> None:
+    """A copy of the knowledge (TRL's "ref") was loaded as the plain LoRA it is in its file: the base holds the past."""
+    knowledge = regularizer.config.adapter_name
+    for name, config in regularizer.model.peft_config.items():
+        if name != knowledge and Marker.of(config) is not None:
+            for layer in regularizer.layers:
+                layer.module.set_scale(name, 0)
 
 
 def _load_best(load: Any, regularizer: EllaRegularizer, trainer: Trainer) -> None:

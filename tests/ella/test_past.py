@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 
 import ella_kernels as ek
 from ella import EllaConfig, EllaRegularizer
@@ -172,3 +173,23 @@ def test_half_precision_models_keep_an_fp32_past():
 
 def test_all_targets_are_covered():
     assert {layer.name.split(".")[0] for layer in EllaRegularizer(tiny()).layers} == set(TARGETS)
+
+
+def test_a_copy_of_the_knowledge_adds_nothing_to_a_base_that_holds_it(tmp_path):
+    """TRL's reference is such a copy. What is saved is the past all the same, for the base without it."""
+    targets = ["tokens", "up", "down", "point"]
+    model, _ = folded(config=EllaConfig(keep_past="merge"), targets=targets, rank_pattern={"up": 2})
+    model.set_adapter("default")
+    want = model(ids()).detach()
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name or name.endswith(".default"):
+            model.get_parameter(name.replace(".default", ".ref")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert relative_error(model(ids()).detach(), want) < 1e-6
+    model.save_pretrained(tmp_path)
+    plain = tiny(targets=["up"]).unload()
+    assert relative_error(plain(ids()).detach(), want) > 1e-2
+    for folder in (tmp_path, tmp_path / "ref"):
+        loaded = PeftModel.from_pretrained(tiny(targets=["up"]).unload(), folder).eval()
+        assert relative_error(loaded(ids()).detach(), want) < 1e-6
