@@ -166,6 +166,7 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     for name, title in (("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")):
         if getattr(trainer, name, False):
             raise ValueError(f"{title} keeps gradients apart from the parameters, where the penalty would be lost")
+    _complete_reference(regularizer)
     callback = EllaCallback(regularizer)
     callback._attached = True
     trainer.add_callback(callback)
@@ -177,6 +178,16 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     trainer._load_from_checkpoint = functools.partial(_load_checkpoint, trainer._load_from_checkpoint, regularizer)
     trainer._load_best_model = functools.partial(_load_best, trainer._load_best_model, regularizer, trainer)
     return callback
+
+
+def _complete_reference(regularizer: EllaRegularizer) -> None:
+    """TRL copies parameters with ".default." in their names to "ref"; an embedding's factors have it at the end."""
+    configs, knowledge = regularizer.model.peft_config, regularizer.config.adapter_name
+    if regularizer.adapter != TASK or configs.get("ref") is not configs[knowledge]:
+        return
+    for layer in regularizer.layers:
+        for held, copy in zip(layer.all_parameters(knowledge), layer.all_parameters("ref"), strict=True):
+            copy.data.copy_(held.data)
 
 
 def _load_checkpoint(load: Any, regularizer: EllaRegularizer, checkpoint: str, model: nn.Module | None = None) -> None:
