@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from .acting import TASK
 from .checkpoint import PAST_FILE
 from .knowledge import Marker
+from .lora import EmbeddingLayer
 from .regularizer import EllaRegularizer
 
 __all__ = ["EllaCallback", "attach"]
@@ -166,7 +167,7 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     for name, title in (("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")):
         if getattr(trainer, name, False):
             raise ValueError(f"{title} keeps gradients apart from the parameters, where the penalty would be lost")
-    _complete_reference(regularizer)
+    _complete_reference(regularizer, trainer)
     callback = EllaCallback(regularizer)
     callback._attached = True
     trainer.add_callback(callback)
@@ -180,11 +181,17 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     return callback
 
 
-def _complete_reference(regularizer: EllaRegularizer) -> None:
+def _complete_reference(regularizer: EllaRegularizer, trainer: Trainer) -> None:
     """TRL copies parameters with ".default." in their names to "ref"; an embedding's factors have it at the end."""
     configs, knowledge = regularizer.model.peft_config, regularizer.config.adapter_name
     if regularizer.adapter != TASK or configs.get("ref") is not configs[knowledge]:
         return
+    embeddings = [layer.name for layer in regularizer.layers if isinstance(layer, EmbeddingLayer)]
+    if embeddings and getattr(trainer.args, "precompute_ref_log_probs", False):
+        raise ValueError(
+            "the trainer has scored its reference already, and its copy of the adapter leaves out the embedding "
+            f"{embeddings[0]}: set precompute_ref_log_probs=False"
+        )
     for layer in regularizer.layers:
         for held, copy in zip(layer.all_parameters(knowledge), layer.all_parameters("ref"), strict=True):
             copy.data.copy_(held.data)
