@@ -1,29 +1,36 @@
 """The past on disk: one safetensors file, its description as json in the file's header.
 
 One file makes the write whole or absent: it is written under a temporary name, flushed and renamed. No pickle is read.
+The description holds the sha256 of each layer's tensors, and the header that of the description.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ella_kernels import LowRank
 
-from .atomic import write_atomically
+from .atomic import make_folder, write_atomically
+from .tensorfile import digest, read_tensors
 
 __all__ = ["PAST_FILE", "PastState", "StoredLayer", "load_past", "save_past"]
 
 PAST_FILE = "ella_past.safetensors"
-FORMAT = 1
+FORMAT = 2
+# What a description holds.
+_KEYS = {
+    "format": int, "config": dict, "tasks": list, "shapes": dict, "relative_error": dict, "extra": dict, "sha256": dict
+}  # fmt: skip
 _FIELDS = ("left", "right", "row_energy", "col_energy", "bias")
 
 
@@ -79,68 +86,141 @@ class PastState:
 
 
 def save_past(folder: str | Path, state: PastState) -> Path:
-    """Write ``folder/ella_past.safetensors``, whole or not at all; returns its path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``folder/ella_past.safetensors``, whole or not at all; returns its path.
+
+    Half precision is stored as float32. Savers in one folder take turns.
+
+    Raises:
+        OSError: it cannot be written there.
+        ValueError: a state that :func:`load_past` would refuse, named as there.
+    """
+    path = Path(folder) / PAST_FILE
     tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        f"{name}.{key}": _storable(tensor)
         for name, layer in state.layers.items()
         for key, tensor in layer.tensors().items()
     }
-    header = {
+    description = {
         "format": FORMAT,
         "config": state.config,
         "tasks": state.tasks,
         "shapes": state.shapes,
         "relative_error": {name: layer.relative_error for name, layer in state.layers.items()},
         "extra": state.extra,
+        "sha256": {name: digest(_of_layer(name, tensors)) for name in state.layers},
     }
-    metadata = {"ella": json.dumps(header)}
-    write_atomically(folder / PAST_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    return folder / PAST_FILE
+    text = json.dumps(description)
+    _checked(path, json.loads(text), tensors)
+    metadata = {"ella": text, "sha256": _text_digest(text)}
+    make_folder(path.parent)
+    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_past(folder: str | Path) -> PastState:
-    """Read what :func:`save_past` wrote.
+    """Read what :func:`save_past` wrote. The tensors are copies: the file may change afterwards.
+
+    Beside a save it finds the old state or the new one. Files of format 1 have no sha256; all else is checked in them.
 
     Raises:
         FileNotFoundError: no state in ``folder``.
-        ValueError: a file that is cut off, of another format, or inconsistent in itself.
+        OSError: it cannot be read.
+        ValueError: a file that is cut off, changed since it was written, of another format, or inconsistent in itself;
+            names the file, and the layer where it is one layer's.
     """
     path = Path(folder) / PAST_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no saved past at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        tensors, metadata = read_tensors(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no saved past at {path}") from None
     try:
-        header = json.loads(metadata["ella"])
-        found = header["format"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+        text = metadata["ella"]
+        description = json.loads(text)
+        found = description["format"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path} was not written by this package: its header has no description") from None
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}; this version reads {FORMAT}")
-    shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
-    errors = header["relative_error"]
-    layers = {name: _stored_layer(path, name, shapes, tensors, errors[name]) for name in errors}
-    return PastState(header["config"], list(header["tasks"]), layers, shapes, header.get("extra", {}))
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        raise ValueError(f"{path} has format {found!r}; this version reads 1 to {FORMAT}")
+    if found == 1:
+        description = {"extra": {}, "sha256": {}} | description
+    state = _checked(path, description, tensors)
+    if found > 1 or "sha256" in metadata:
+        _check_digests(path, text, metadata.get("sha256"), description["sha256"], tensors)
+    return state
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _of_layer(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensors[f"{name}.{key}"] for key in _FIELDS if f"{name}.{key}" in tensors}
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_digests(path: Path, text: str, whole: str | None, layers: Mapping[str, str], tensors: Mapping) -> None:
+    expected = "expected the one it was saved with; save the state again, or restore the file"
+    if whole != _text_digest(text):
+        raise ValueError(f"{path}: the sha256 of its description is {_text_digest(text)}; {expected}")
+    for name, saved in layers.items():
+        now = digest(_of_layer(name, tensors))
+        if now != saved:
+            raise ValueError(f"{path}, layer {name!r}: the sha256 of its tensors is {now}; {expected}")
+
+
+def _checked(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PastState:
+    """The state, if its parts are of the right types and belong together."""
+    for key, kind in _KEYS.items():
+        if not isinstance(description.get(key), kind):
+            found = type(description[key]).__name__ if key in description else "nothing"
+            raise ValueError(f"{path}: expected a {kind.__name__} as {key!r} of its description, found {found}")
+    _, config, tasks, shapes, errors, extra, _ = (description[key] for key in _KEYS)
+    if unknown := sorted(description.keys() - _KEYS.keys()):
+        raise ValueError(f"{path}: its description has unknown keys {unknown}; expected {list(_KEYS)}")
+    if wrong := [task for task in tasks if not isinstance(task, str)]:
+        raise ValueError(f"{path}: expected texts as 'tasks' of its description, found {wrong[0]!r}")
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(f"{path}, layer {name!r}: expected a shape [parts, out, in], found {shape!r}")
+    for name, values in errors.items():
+        if not isinstance(values, list) or not all(map(_is_error, values)):
+            raise ValueError(f"{path}, layer {name!r}: expected relative errors of at least 0, found {values!r}")
+    if errors and (differing := sorted(errors.keys() ^ shapes.keys())):
+        raise ValueError(f"{path} has a past for some of its layers only; expected all or none, differing: {differing}")
+    layers = {name: _stored_layer(path, name, shapes[name], tensors, errors[name]) for name in errors}
+    known = {f"{name}.{key}" for name in layers for key in _FIELDS}
+    if unknown := sorted(tensors.keys() - known):
+        raise ValueError(f"{path} holds tensors that belong to no layer: {unknown[:8]}")
+    return PastState(config, tasks, layers, {name: tuple(shape) for name, shape in shapes.items()}, extra)
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def _stored_layer(
-    path: Path, name: str, shapes: Mapping[str, tuple], tensors: Mapping[str, Tensor], errors: list[float]
+    path: Path, name: str, shape: tuple[int, int, int], tensors: Mapping[str, Tensor], errors: list[float]
 ) -> StoredLayer:
-    left, right, rows, cols, bias = (tensors.get(f"{name}.{key}") for key in _FIELDS)
-    if left is None or right is None:
+    found = _of_layer(name, tensors)
+    if not {"left", "right"} <= found.keys():
         raise ValueError(f"{path} lists layer {name!r} but holds no factors for it")
-    n, out, in_ = shapes[name]
-    if left.shape[:2] != (n, out) or right.shape != (n, left.shape[2], in_):
-        raise ValueError(
-            f"{path}, layer {name!r}: expected factors ({n}, {out}, k) and ({n}, k, {in_}), "
-            f"found {tuple(left.shape)} and {tuple(right.shape)}"
-        )
-    absent = [None] * n
-    parts = zip(left, right, absent if rows is None else rows, absent if cols is None else cols, strict=True)
-    return StoredLayer([LowRank(*part) for part in parts], bias, list(errors))
+    if ("row_energy" in found) != ("col_energy" in found):
+        raise ValueError(f"{path}, layer {name!r}: expected row and column energies or neither, found {list(found)}")
+    n, out, in_ = shape
+    k = found["left"].shape[-1] if found["left"].dim() else 0
+    shapes = {"left": (n, out, k), "right": (n, k, in_), "row_energy": (n, out), "col_energy": (n, in_), "bias": (out,)}
+    for key, tensor in found.items():
+        where = f"{path}, layer {name!r}, {key}"
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{where}: expected float32 or float64, found {tensor.dtype}")
+        if tensor.shape != shapes[key]:
+            raise ValueError(f"{where}: expected shape {shapes[key]}, found {tuple(tensor.shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where}: expected finite values, found {int((~tensor.isfinite()).sum())} that are not")
+        if key.endswith("energy") and (tensor < 0).any():
+            raise ValueError(f"{where}: expected energies of at least 0, found {tensor.min().item():.3g}")
+    parts = zip(*(found.get(key, [None] * n) for key in _FIELDS[:4]), strict=True)
+    return StoredLayer([LowRank(*part) for part in parts], found.get("bias"), errors)
