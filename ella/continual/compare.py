@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .models import TextClassifier
 from .report import ARM_TITLES, environment, format_bytes, format_matrix, summarise, write_report
+from .running import one_run
+from .state import StreamState
 from .stream import ARMS, StreamConfig, StreamResult, run_stream
 from .tasks import Task
 
@@ -26,6 +28,7 @@ def compare_arms(
     out_dir: str | Path,
     title: str,
     notes: Mapping[str, str],
+    resume: bool = True,
     progress: bool = True,
     echo: Callable[[str], None] = print,
 ) -> list[StreamResult]:
@@ -38,11 +41,33 @@ def compare_arms(
         arms, seeds: what to run, in this order.
         out_dir: the runs' states go to ``out_dir/runs/<arm>-<seed>``; a finished one is not run again.
         title, notes: shown in the report.
+        resume: False forgets earlier states of these arms and seeds first.
         progress, echo: tqdm bars; where text goes.
 
-    Returns one result per arm and seed. Raises ValueError for no, unknown or repeated arms and seeds.
+    Returns one result per arm and seed. Raises ValueError for no, unknown or repeated arms and seeds, OSError when
+    another process is running in ``out_dir`` or nothing can be written there.
     """
     check_arms(arms, seeds)
+    with one_run(out_dir):
+        if not resume:
+            for arm in arms:
+                for seed in seeds:
+                    StreamState(run_folder(out_dir, arm, seed), {}).clear()
+        return _compare(build, tasks_of_seed, config, arms, seeds, out_dir, title, notes, progress, echo)
+
+
+def _compare(
+    build: Callable[[], TextClassifier],
+    tasks_of_seed: Callable[[int], Sequence[Task]],
+    config: StreamConfig,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out_dir: str | Path,
+    title: str,
+    notes: Mapping[str, str],
+    progress: bool,
+    echo: Callable[[str], None],
+) -> list[StreamResult]:
     results: list[StreamResult] = []
     started = time.perf_counter()
     for seed in seeds:

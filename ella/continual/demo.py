@@ -8,10 +8,9 @@ from pathlib import Path
 
 from ella.config import EllaConfig
 
-from .compare import check_arms, compare_arms, run_folder
+from .compare import check_arms, compare_arms
 from .docstrings import docstring_tasks
 from .models import LoraSettings, build_classifier, packaged_minilm
-from .state import StreamState
 from .stream import StreamConfig, StreamResult
 from .tasks import Task, load_benchmark
 
@@ -78,10 +77,6 @@ def run_demo(
     sizes = "; ".join(
         f"{t.name} {len(t.train)}/{len(t.test)}, {len(t.labels)} classes" for t in tasks_of_seed(seeds[0])
     )
-    if not resume:
-        for arm in arms:
-            for seed in seeds:
-                StreamState(run_folder(out_dir, arm, seed), {}).clear()
     return compare_arms(
         lambda: build_classifier(lora=DEMO_LORA, max_length=MAX_LENGTH),
         tasks_of_seed,
@@ -96,5 +91,6 @@ def run_demo(
             "model": "all-MiniLM-L6-v2, LoRA r = 8 on query and value, labels scored by cosine",
             "λ": f"{ella_lambda:g} ({ella.normalize or 'no'} normalisation, {ella.reduction} over layers)",
         },
+        resume=resume,
         progress=progress,
     )

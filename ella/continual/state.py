@@ -9,21 +9,27 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+from contextlib import AbstractContextManager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ella.atomic import write_text_atomically
+from ella.atomic import make_folder, remove, replacing, temporaries, write_atomically, write_text_atomically
+from ella.locks import one_writer
+from ella.tensorfile import digest, read_tensors
+
+from .running import one_run
 
 __all__ = ["StreamState"]
 
 PROGRESS = "progress.json"
+ADAPTER = "adapter.safetensors"
 VERSION = 1
 # The names written here: the folder may hold other files, which are left alone.
-_OWN = re.compile(r"after-\d+-.*|\.(after-\d+-.*|progress\.json)\.\d+\.tmp(\.json)?")
+_STATE = r"after-\d+-[A-Za-z0-9_.-]*"
+_TEMPORARIES = temporaries(rf"({_STATE}|{re.escape(PROGRESS)})")
 
 
 class StreamState:
@@ -37,6 +43,10 @@ class StreamState:
         self.run = json.loads(json.dumps(run))
         self._current: str | None = None
 
+    def running(self) -> AbstractContextManager[None]:
+        """Keeps the folder to this run, see :func:`~ella.continual.running.one_run`."""
+        return one_run(self.folder)
+
     @property
     def past_dir(self) -> Path | None:
         """The saved regularizer of the last finished task; None before the first, or where the arm has none."""
@@ -44,40 +54,50 @@ class StreamState:
         return past if past is not None and past.is_dir() else None
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved progress (keys "run", "state", "result"), or None for a new run."""
-        path = self.folder / PROGRESS
-        if not path.exists():
+        """The last saved progress (keys "run", "state", "result"), or None for a new run.
+
+        Raises ValueError also for a state that is damaged or incomplete, OSError for one that cannot be read.
+        """
+        saved = self._progress()
+        if saved is None:
             return None
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            found = saved["version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not the progress of a run; delete {self.folder} to start over") from error
-        if found != VERSION:
-            raise ValueError(f"{path} has format version {found}; this code reads {VERSION}")
         differing = _differences(saved["run"], self.run)
         if differing:
             raise ValueError(
                 f"{self.folder} holds another run; differing: {'; '.join(differing[:8])}. "
                 "Continue it with its own settings, or give a new output folder"
             )
-        self._current = saved["state"]
-        if not (self.folder / self._current / "adapter.safetensors").is_file():
+        state = self.folder / saved["state"]
+        missing = [] if (state / ADAPTER).is_file() else [ADAPTER]
+        if saved.get("past") and not ((state / "past").is_dir() and any((state / "past").iterdir())):
+            missing.append("past")
+        if missing:
             raise ValueError(
-                f"{path} points at {self._current}, which is incomplete; delete {self.folder} to start over"
+                f"{self.folder / PROGRESS} points at {saved['state']}, which is incomplete, without "
+                f"{' and '.join(missing)}; restore that, or delete {self.folder} to start over"
             )
+        self._current = saved["state"]
         return saved
 
     def load_adapter(self, model: Any, adapter_name: str) -> None:
-        """Copy the saved adapter weights into the model's parameters, bit for bit."""
-        path = self.folder / self._current / "adapter.safetensors"
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        """Copy the saved adapter weights into the model's parameters, bit for bit; none if any of them does not fit."""
+        path = self.folder / self._current / ADAPTER
+        tensors, metadata = read_tensors(path)
         own = _adapter_parameters(model, adapter_name)
         if own.keys() != tensors.keys():
-            raise ValueError(f"saved adapter has other parameters: {sorted(own.keys() ^ tensors.keys())[:8]}")
+            raise ValueError(f"{path}: saved adapter has other parameters: {sorted(own.keys() ^ tensors.keys())[:8]}")
+        for name, parameter in own.items():
+            saved = tensors[name]
+            if (saved.dtype, saved.shape) != (parameter.dtype, parameter.shape):
+                raise ValueError(
+                    f"{path}, {name}: expected {parameter.dtype} {tuple(parameter.shape)}, "
+                    f"found {saved.dtype} {tuple(saved.shape)}"
+                )
+            if not saved.isfinite().all():
+                raise ValueError(f"{path}, {name}: expected finite values; delete {self.folder} to start over")
+        # Earlier versions wrote none.
+        if metadata.get("sha256") not in (None, digest(tensors)):
+            raise ValueError(f"{path}: its sha256 is not the one it was saved with; delete {self.folder} to start over")
         for name, parameter in own.items():
             parameter.data.copy_(tensors[name])
 
@@ -85,37 +105,66 @@ class StreamState:
         self, index: int, name: str, result: dict[str, Any], model: Any, adapter_name: str, regularizer: Any | None
     ) -> None:
         """Save the state after task ``index``; the previous task's folder is deleted once this one is in place."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        final = f"after-{index + 1}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}"
-        temporary = self.folder / f".{final}.{os.getpid()}.tmp"
-        temporary.mkdir()
+        make_folder(self.folder)
         tensors = {k: p.detach().cpu().contiguous() for k, p in _adapter_parameters(model, adapter_name).items()}
-        save_file(tensors, temporary / "adapter.safetensors")
-        if regularizer is not None:
-            regularizer.save_pretrained(str(temporary / "past"))
-        os.replace(temporary, self.folder / final)
-        progress = {"version": VERSION, "run": self.run, "state": final, "result": result}
-        write_text_atomically(self.folder / PROGRESS, json.dumps(progress, indent=1))
-        self._current = final
-        self._sweep()
+        metadata = {"sha256": digest(tensors)}
+        with one_writer(self.folder):
+            self._sweep()
+            final = self._free(f"after-{index + 1}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}")
+            with replacing(self.folder / final) as temporary:
+                temporary.mkdir()
+                write_atomically(temporary / ADAPTER, lambda path: save_file(tensors, path, metadata=metadata))
+                if regularizer is not None:
+                    regularizer.save_pretrained(str(temporary / "past"))
+            progress = {"version": VERSION, "run": self.run, "state": final, "past": regularizer is not None}
+            write_text_atomically(self.folder / PROGRESS, json.dumps(progress | {"result": result}, indent=1))
+            self._current = final
+            self._sweep()
 
     def clear(self) -> None:
-        """Forget the saved run; files that are not this class's stay."""
+        """Forget the saved run; files that are not this class's stay. Raises as :meth:`running` does."""
         self._current = None
-        (self.folder / PROGRESS).unlink(missing_ok=True)
-        self._sweep()
+        if self.folder.is_dir():
+            with self.running(), one_writer(self.folder):
+                (self.folder / PROGRESS).unlink(missing_ok=True)
+                self._sweep()
+
+    def _progress(self) -> dict[str, Any] | None:
+        path = self.folder / PROGRESS
+        try:
+            saved = json.loads(path.read_bytes())
+            found = saved["version"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the progress of a run; delete {self.folder} to start over") from error
+        if found != VERSION:
+            raise ValueError(f"{path} has format version {found}; this code reads {VERSION}")
+        state = saved.get("state")
+        whole = isinstance(saved.get("run"), dict) and isinstance(saved.get("result"), dict)
+        if not whole or not isinstance(state, str) or not re.fullmatch(_STATE, state):
+            raise ValueError(f"{path} is not the progress of a run; delete {self.folder} to start over")
+        return saved
+
+    def _free(self, name: str) -> str:
+        """``name``, or with a number where the state to be replaced, or anyone's file, has it."""
+        names = chain([name], (f"{name}.{n}" for n in count(2)))
+        return next(n for n in names if not os.path.lexists(self.folder / n))
 
     def _sweep(self) -> None:
         """Remove what a killed run left and what is no longer pointed at."""
-        own = [path for path in self.folder.glob("*") if _OWN.fullmatch(path.name)]
-        for path in own:
-            if path.name == self._current:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        try:
+            saved = self._progress()
+        except (OSError, ValueError):
+            return  # whoever can still read it needs what it points at
+        kept = saved["state"] if saved else None
+        remove(path for path in self.folder.iterdir() if _is_own(path) and path.name != kept)
+
+
+def _is_own(path: Path) -> bool:
+    if re.fullmatch(_TEMPORARIES, path.name):
+        return True
+    return re.fullmatch(_STATE, path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def _adapter_parameters(model: Any, adapter_name: str) -> dict[str, Any]:

@@ -152,7 +152,8 @@ def run_stream(
         on_task_end: called with (task index, result so far) once a task is evaluated and saved.
 
     Raises ValueError for no tasks or repeated names, and when ``out_dir`` holds another run (the message lists what
-    differs), the classifier already carries a past, or the loss stops being finite.
+    differs), the classifier already carries a past, or the loss stops being finite; OSError when another process is
+    running in ``out_dir``, or nothing can be written there.
     """
     config = config or StreamConfig()
     names = [task.name for task in tasks]
@@ -167,7 +168,23 @@ def run_stream(
         "tasks": {task.name: task.fingerprint() for task in tasks},
         "order": names,
     }
-    state = StreamState(out_dir, run) if out_dir is not None else None
+    if out_dir is None:
+        return _run_tasks(classifier, tasks, config, None, untrained, progress, on_task_end)
+    state = StreamState(out_dir, run)
+    with state.running():
+        return _run_tasks(classifier, tasks, config, state, untrained, progress, on_task_end)
+
+
+def _run_tasks(
+    classifier: TextClassifier,
+    tasks: Sequence[Task],
+    config: StreamConfig,
+    state: StreamState | None,
+    untrained: Sequence[float] | None,
+    progress: bool,
+    on_task_end: Callable[[int, StreamResult], None] | None,
+) -> StreamResult:
+    names = [task.name for task in tasks]
     test = [classifier.encode(task.test, task.labels) for task in tasks]
     saved = state.load() if state else None
 
@@ -183,8 +200,8 @@ def run_stream(
             ]
         result.matrix = AccuracyMatrix(names, untrained=list(untrained))
     else:
-        result = StreamResult.from_dict(saved["result"])
-        regularizer = _new_regularizer(classifier, config, state.past_dir)
+        result = _saved_result(saved, state)
+        regularizer = _saved_regularizer(classifier, config, state, names[: len(result.tasks)])
         state.load_adapter(classifier.model, _trained(classifier))
 
     for index in range(len(result.tasks), len(tasks)):
@@ -286,14 +303,28 @@ def _seed_adapter(classifier: TextClassifier, seed: int, index: int) -> None:
         layer.reset(True)
 
 
-def _new_regularizer(
-    classifier: TextClassifier, config: StreamConfig, past_dir: Path | None = None
+def _new_regularizer(classifier: TextClassifier, config: StreamConfig) -> EllaRegularizer | None:
+    return EllaRegularizer(classifier.model, config.ella) if config.arm in ("fresh", "ella") else None
+
+
+def _saved_regularizer(
+    classifier: TextClassifier, config: StreamConfig, state: StreamState, finished: list[str]
 ) -> EllaRegularizer | None:
     if config.arm not in ("fresh", "ella"):
         return None
-    if past_dir is not None:
-        return EllaRegularizer.from_pretrained(classifier.model, str(past_dir))
-    return EllaRegularizer(classifier.model, config.ella)
+    if state.past_dir is None:
+        raise ValueError(f"{state.folder} has no saved past, which arm {config.arm!r} goes on from; restore its past/")
+    regularizer = EllaRegularizer.from_pretrained(classifier.model, str(state.past_dir))
+    if regularizer.tasks != finished:
+        raise ValueError(f"{state.past_dir} holds the past of {regularizer.tasks}; expected that of {finished}")
+    return regularizer
+
+
+def _saved_result(saved: dict[str, Any], state: StreamState) -> StreamResult:
+    try:
+        return StreamResult.from_dict(saved["result"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{state.folder}: the saved result is damaged ({error}); delete it to start over") from error
 
 
 def _dense_bytes(classifier: TextClassifier) -> tuple[int, int]:
