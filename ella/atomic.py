@@ -63,13 +63,12 @@ def replacing(path: Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def make_folder(folder: Path) -> list[Path]:
-    """Make ``folder`` and its parents, on disk as well; returns those that were missing, innermost first."""
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and its parents where they are missing, and flush what names them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         _flush(path.parent)
-    return missing
 
 
 def temporaries(name: str) -> str:

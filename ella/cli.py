@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 __all__ = ["build_parser", "main"]
 
 
@@ -22,9 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     # Where bitsandbytes is installed, importing PEFT makes it report an optional CPU kernel as missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A file name may hold bytes that the terminal's encoding has no character for.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return arguments.command(arguments) or 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         if arguments.traceback:
             raise
         print(f"ella: {error}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .checkpoint import PAST_FILE, PastState, StoredLayer, load_past
@@ -12,17 +14,36 @@ __all__ = ["describe_state"]
 def describe_state(directory: str | Path) -> str:
     """Text about the past saved in ``directory``, or about every one below a run's output folder.
 
-    Raises FileNotFoundError when there is none, ValueError for a file that is not whole.
+    Raises FileNotFoundError when there is none, OSError and ValueError as :func:`~ella.checkpoint.load_past`.
     """
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    found = [folder] if (folder / PAST_FILE).is_file() else sorted(p.parent for p in folder.rglob(PAST_FILE))
-    # A run's folder may hold a half-written temporary one beside the finished state.
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    for attempt in range(3):
+        found = [folder] if (folder / PAST_FILE).exists() else sorted(_saved_below(folder))
+        try:
+            states = [load_past(path) for path in found]
+            break
+        except FileNotFoundError:
+            # A run that goes on replaces its states, and may have done so since they were found.
+            if attempt == 2:
+                raise
     if not found:
         raise FileNotFoundError(f"no {PAST_FILE} in or below {folder}; expected a saved regularizer or a run's output")
-    return "\n\n".join(_describe(path, load_past(path)) for path in found)
+    return "\n\n".join(map(_describe, found, states))
+
+
+def _saved_below(folder: Path) -> Iterator[Path]:
+    seen = set()  # a link may lead back up
+    for path, folders, files in os.walk(folder, followlinks=True):
+        # Hidden ones are a run's half-written states.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if PAST_FILE in files:
+            yield Path(path)
 
 
 def _describe(path: Path, state: PastState) -> str:

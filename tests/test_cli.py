@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from ella.cli import main
 from ella.continual.demo import DEMO_LAMBDA
 
 from .continual.test_report import Page, assert_self_contained
+from .continual.test_running import killed, running
 from .continual.test_tasks import write_task
 from .continual.tiny import save_bert, word_task
+from .ella.test_files import ODD, full_disk
 
 SMALL = ["--train-examples", "8", "--test-examples", "8", "--threads", "1", "--quiet"]
 
@@ -230,6 +234,63 @@ def test_inspect_refuses(cli, tmp_path):
     assert status == 1 and err.startswith("ella: no folder at")
     status, _, err = cli("inspect", tmp_path)
     assert status == 1 and "expected a saved regularizer or a run's output" in err
+
+
+def test_a_second_run_is_refused_while_the_first_lives(cli, stream):
+    folder = stream.parent / "elsewhere" / "from_file"
+    pid = running(folder)
+    try:
+        status, out, err = cli("run", stream, "--quiet", "--threads", "1")
+    finally:
+        killed(pid)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"ella: another process is running here: process {pid} on ") and err.count("\n") == 1
+    status, _, err = cli("run", stream, "--quiet", "--threads", "1")
+    assert (status, err) == (0, "")
+    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.json", "runs"]
+
+
+@pytest.mark.parametrize("limit", [300, 8000])
+def test_a_full_disk_is_one_line(cli, stream, limit):
+    with full_disk(limit):
+        status, _, err = cli("run", stream, "--quiet", "--threads", "1")
+    assert status == 1 and err.count("\n") == 1
+    assert re.fullmatch(r"ella: cannot write \S*from_file\S*: File too large\n", err)
+    status, _, err = cli("run", stream, "--quiet", "--threads", "1")
+    assert (status, err) == (0, "")
+
+
+def test_a_run_that_lost_its_past_is_refused(cli, stream):
+    status, _, _ = cli("run", stream, "--quiet", "--threads", "1")
+    folder = stream.parent / "elsewhere" / "from_file" / "runs" / "ella-0"
+    shutil.rmtree(folder / "after-2-agnews" / "past")
+    status, _, err = cli("run", stream, "--quiet", "--threads", "1")
+    assert status == 1 and "points at after-2-agnews, which is incomplete, without past" in err
+
+
+def test_names_that_are_not_utf8(cli, stream):
+    odd = stream.parent / ODD
+    odd.mkdir()
+    benchmark(odd / "data")
+    (odd / "data" / "TC" / "agnews").rename(odd / "data" / "TC" / ODD)
+    text = STREAM.replace("order: [amazon, agnews]", "order: [amazon]")
+    # The tokenizer's library reads no such name.
+    (odd / f"{ODD}.yaml").write_text(text.replace("path: bert", f"path: {stream.parent / 'bert'}"))
+    status, out, err = cli("run", odd / f"{ODD}.yaml", "--quiet", "--out", odd / "out")
+    assert (status, err) == (0, "") and "caf\\udce9/out/report.html" in out
+    data = json.loads((odd / "out" / "report.json").read_text(encoding="utf-8"))
+    assert data["notes"]["stream"] == str(odd / f"{ODD}.yaml")
+    # Not a captured stream: the terminal's own.
+    for folder, message in ((odd / "out", "caf\\udce9/out/runs/fresh-0/after-1-amazon/past\n"), (odd / "data", "")):
+        found = subprocess.run(
+            [sys.executable, "-m", "ella", "inspect", folder],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in found.stderr and found.returncode == (0 if message else 1)
+        assert message in found.stdout if message else "caf\\udce9/data; expected a saved" in found.stderr
 
 
 # --- fold -------------------------------------------------------------------------------------------------------------

@@ -221,8 +221,8 @@ def _balanced(records: Sequence[Record], labels: Sequence[str], limit: int | Non
         return tuple(records)
     if limit < 1:
         raise TaskError(f"a split of {limit} records was asked for; expected at least 1")
-    # A string seed is hashed by its bytes: the same on every machine and under every PYTHONHASHSEED.
-    rng = random.Random(key)
+    # A seed of bytes is the same on every machine and under every PYTHONHASHSEED; a folder's name may not be UTF-8.
+    rng = random.Random(key.encode("utf-8", "surrogatepass"))
     groups = {label: [record for record in records if record["label"] == label] for label in labels}
     for group in groups.values():
         rng.shuffle(group)
