@@ -72,7 +72,7 @@ def make_folder(folder: Path) -> None:
 
 
 def temporaries(name: str) -> str:
-    """A regular expression of the temporary names of ``name``, itself one; those of version 0.1 had their suffix."""
+    """A regular expression of the temporary names of ``name``, itself one; earlier ones held the process id."""
     return rf"\.{name}\.(\d+|[0-9a-f]{{8}})\.tmp(\.[a-z]+)?"
 
 

@@ -91,7 +91,7 @@ def test_of_many_that_start_at_once_one_runs_at_a_time(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR1)
 
     assert [ended(pid) for pid in [in_child(work) for _ in range(3)]] == [signal.SIGUSR1] * 3
-    assert entered.stat().st_size > 100
+    assert entered.stat().st_size > 10
 
 
 def test_places_where_nothing_can_be_written(tmp_path):
@@ -176,7 +176,7 @@ def stopped_after_one_task(folder, bert, tasks) -> None:
         run_stream(build(bert), tasks, CONFIG, folder, progress=False, on_task_end=stop)
 
 
-@pytest.mark.parametrize("noted", [True, False], ids=["version 0.2", "version 0.1"])
+@pytest.mark.parametrize("noted", [True, False], ids=["noted in progress.json", "not noted there"])
 def test_a_run_without_its_past_is_refused(tmp_path, bert, noted):
     tasks = tiny.two_tasks(n_train=8, n_test=4)
     stopped_after_one_task(tmp_path, bert, tasks)

@@ -56,7 +56,7 @@ def parts(folder) -> tuple[dict, dict]:
 
 
 def write_format_1(folder, tensors, description) -> None:
-    """As version 0.1.0 wrote: no digests."""
+    """As it was written before there were digests."""
     description = {key: value for key, value in description.items() if key != "sha256"} | {"format": 1}
     save_file(tensors, folder / PAST_FILE, metadata={"ella": json.dumps(description)})
 
@@ -400,7 +400,11 @@ from tests.ella.test_checkpoint import same, state
 
 folder, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
 states = [state(1.0, ["old"], rank=2), state(2.0, ["new"], rank=4000)]
-save_past(folder, states[0])
+took = []
+for saved in (*states, *states, *states[::-1]):
+    start = time.perf_counter()
+    save_past(folder, saved)
+    took.append(time.perf_counter() - start)
 interrupted, found = 0, {"old": 0, "new": 0}
 for i in range(kills):
     pid = os.fork()
@@ -411,7 +415,7 @@ for i in range(kills):
                     save_past(folder, saved)
         finally:
             os._exit(1)
-    time.sleep(draw.uniform(0.002, 0.03))
+    time.sleep(draw.uniform(0.002, 0.002 + 5 * min(took)))
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     loaded = load_past(folder)

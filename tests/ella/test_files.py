@@ -142,7 +142,7 @@ def test_the_next_writer_sweeps_what_killed_ones_left_and_nothing_else(tmp_path)
     for _ in range(3):
         assert ended(in_child(killed)) == signal.SIGKILL
         assert len(list(tmp_path.glob(".f.txt.*.tmp/.tmpLibrary"))) == 1
-    (tmp_path / ".f.txt.4711.tmp.txt").touch()  # as version 0.1 named them
+    (tmp_path / ".f.txt.4711.tmp.txt").touch()  # as they were named before
     others = [".f.txt.swp", ".f.txt.tmp", ".g.txt.12345678.tmp", ".hidden", ".tmpLibrary", "f.txt.12345678.tmp"]
     for name in others:
         (tmp_path / name).touch()
