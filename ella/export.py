@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +17,15 @@ from torch import Tensor
 
 from ella_kernels import LowRank
 
-from .checkpoint import StoredLayer
+from .atomic import make_folder, replacing, write_atomically, write_text_atomically
+from .checkpoint import PastState, StoredLayer, save_past
 from .knowledge import left_out_ranks, peft_ranks, plain_config
 from .lora import AdaptedLayer, join_parts
 from .past import Past, described, fold_layer
 
 __all__ = [
     "VLLM_RANKS", "ExportReport", "export_live", "factor_tensors", "fold_for_export", "new_folder", "padded",
-    "whole_folder", "write_adapter",
+    "write_adapter",
 ]  # fmt: skip
 
 # max_lora_rank of vLLM.
@@ -100,8 +99,7 @@ def export_live(
         tensors |= factor_tensors(padded(kept, report.rank), layer.keys(), layer.tails, kept.bias)
     ranks = peft_ranks(layers, dict.fromkeys(stored, report.rank))
     config = plain_config(trained, ranks, left_out_ranks(model, layers, adapter))
-    with whole_folder(out) as folder:
-        write_adapter(folder, config, tensors)
+    write_adapter(out, config, tensors)
     return report
 
 
@@ -144,34 +142,19 @@ def new_folder(path: str | Path) -> Path:
     return path
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` in ``folder``, which exists."""
+def write_adapter(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], state: PastState | None = None
+) -> None:
+    """A PEFT adapter folder, and ELLA's state beside it, whole or not at all. Raises OSError, naming ``folder``."""
     held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(held, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(config)
     config.inference_mode = True
     text = json.dumps(described(config), indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-
-
-class whole_folder:
-    """Context: a temporary folder that takes ``path``'s place when the block ends well, and goes when it does not."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir()
-        return self._temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                if self.path.exists():
-                    self.path.rmdir()
-                os.replace(self._temporary, self.path)
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+    make_folder(folder.parent)
+    with replacing(folder) as made:
+        made.mkdir()
+        weights = made / "adapter_model.safetensors"
+        write_atomically(weights, lambda path: save_file(held, path, metadata={"format": "pt"}))
+        write_text_atomically(made / "adapter_config.json", text)
+        if state is not None:
+            save_past(made, state)

@@ -13,17 +13,16 @@ from typing import Any
 
 from peft.tuners.lora import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .acting import TASK
-from .checkpoint import PastState, StoredLayer, load_past, save_past
+from .checkpoint import PastState, StoredLayer, load_past
 from .config import EllaConfig
-from .export import ExportReport, factor_tensors, fold_for_export, new_folder, padded, whole_folder, write_adapter
+from .export import ExportReport, factor_tensors, fold_for_export, new_folder, padded, write_adapter
 from .knowledge import Marker, plain_config
 from .lora import STATE_PREFIX, split_parts, unsupported_config
 from .past import FoldReport, described, fold_layer
+from .tensorfile import read_tensors
 
 __all__ = ["export_state", "fold_adapters"]
 
@@ -102,9 +101,7 @@ def fold_adapters(
         "layers": {name: {"keys": layer.keys, "tails": layer.tails} for name, layer in first.layers.items()},
     }
     state = PastState(config.to_dict(), named, stored, shapes, {"peft": peft})
-    with whole_folder(out) as folder:
-        save_past(folder, state)
-        _write_peft(folder, first, stored, named, adapter.others)
+    _write_peft(out, first, state, adapter.others)
     return reports
 
 
@@ -142,8 +139,7 @@ def export_state(directory: str | Path, out_dir: str | Path, rank: int | None = 
         held = peft["layers"][name]
         tensors |= factor_tensors(padded(layer, report.rank), held["keys"], held["tails"], layer.bias)
     ranks = dict.fromkeys((name for name in stored if not _is_nested(peft["layers"][name]["keys"])), report.rank)
-    with whole_folder(out) as temporary:
-        write_adapter(temporary, plain_config(trained, ranks), tensors)
+    write_adapter(out, plain_config(trained, ranks), tensors)
     return report
 
 
@@ -154,7 +150,7 @@ def _current(folder: Path, state: PastState, trained: LoraConfig) -> tuple[dict[
     path = place / "adapter_model.safetensors"
     if not path.is_file():
         return {}, {}
-    tensors, layers = _load(path), state.extra["peft"]["layers"]
+    (tensors, _), layers = read_tensors(path), state.extra["peft"]["layers"]
     factors = {key for layer in layers.values() for key in layer["keys"]}
     biases = {key.removesuffix("weight") + "bias" for key in factors}
     others = {key: tensor for key, tensor in tensors.items() if key not in factors | biases}
@@ -200,7 +196,7 @@ def _read_adapter(folder: Path) -> _SavedAdapter:
     used = [flag for flag in _FLAGS if getattr(config, flag, None)]
     if reason or used:
         raise ValueError(f"{folder} cannot be folded offline: {reason or f'it uses {used[0]}'}")
-    tensors, layers = _load(weights), {}
+    (tensors, _), layers = read_tensors(weights), {}
     others = dict(tensors)
     for key, a in tensors.items():
         for suffix_a, suffix_b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
@@ -223,13 +219,6 @@ def _read_adapter(folder: Path) -> _SavedAdapter:
     return _SavedAdapter(folder, config, layers, others)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
 def _path(key: str) -> str:
     """The module's path in the name of one of its tensors."""
     return key.removeprefix(STATE_PREFIX).rpartition(".lora_")[0]
@@ -246,14 +235,13 @@ def _scaling(config: LoraConfig, path: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _write_peft(
-    folder: Path, like: _SavedAdapter, stored: dict[str, StoredLayer], tasks: list[str], others: dict[str, Tensor]
-) -> None:
-    """The past as PEFT adapter files, on ``like``'s layers."""
+def _write_peft(out: Path, like: _SavedAdapter, state: PastState, others: dict[str, Tensor]) -> None:
+    """The past in ``state`` as a PEFT adapter on ``like``'s layers, with the state beside it."""
+    stored = state.layers
     ranks = {name: layer.rank for name, layer in stored.items() if not _is_nested(like.layers[name].keys)}
-    marker = Marker.about(like.config, tasks, stored, "adapter")
+    marker = Marker.about(like.config, state.tasks, stored, "adapter")
     tensors = dict(others)
     for name, layer in stored.items():
         saved = like.layers[name]
         tensors |= factor_tensors(padded(layer, layer.rank), saved.keys, saved.tails, layer.bias)
-    write_adapter(folder, plain_config(like.config, ranks, {}, marker), tensors)
+    write_adapter(out, plain_config(like.config, ranks, {}, marker), tensors, state)

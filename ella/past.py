@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraConfig
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ella_kernels import LowRank
@@ -23,6 +22,7 @@ from ella_kernels.lowrank import split_evenly, svd_factors
 from .checkpoint import PastState, StoredLayer, save_past
 from .lora import AdaptedLayer, split_parts
 from .merging import MergedBase
+from .tensorfile import read_tensors
 
 __all__ = ["FoldReport", "Past", "described", "fold_factors", "fold_layer"]
 
@@ -228,7 +228,7 @@ class Past:
                 f"{folder} has no adapter_model.safetensors: ELLA's state goes with it and never into pickled weights; "
                 "save with safe_serialization=True"
             )
-        tensors, found = load_file(path), {}
+        (tensors, _), found = read_tensors(path), {}
         for name, layer in self._peft["layers"].items():
             key_a, key_b = layer["keys"]
             parts = split_parts(tensors[key_a], tensors[key_b], self._shapes[name][0])
