@@ -16,7 +16,7 @@ from .linear_layers import LinearLayers
 from .lora import AdaptedLayer
 from .past import Past
 
-__all__ = ["Term", "Terms"]
+__all__ = ["Operands", "Term", "Terms"]
 
 
 class Term(NamedTuple):

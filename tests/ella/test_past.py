@@ -96,7 +96,7 @@ def test_requires_grad_and_random_state_are_left_alone():
     reg.layers[2].parameters()[0].requires_grad_(False)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     state = torch.get_rng_state()
-    reg._install({layer.name: reg._fold(layer) for layer in reg.layers})
+    reg._finished.install({layer.name: reg._finished._folded(layer) for layer in reg.layers})
     assert torch.equal(torch.get_rng_state(), state)
     after = {n: p.requires_grad for n, p in model.named_parameters()}
     assert {n: after[n.replace(".default", f".{TASK}")] for n in flags} == flags
