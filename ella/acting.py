@@ -93,7 +93,9 @@ class TogetherVariant(LoraVariant):
             return weight
         # One sum and one rounding, however many adapters.
         total = deltas[0] if len(deltas) == 1 else deltas[0].float() + deltas[1].float()
-        return torch.add(weight, total.to(weight.device), alpha=sign).to(weight.dtype)
+        shifted = torch.add(weight, total.to(weight.device), alpha=sign)
+        # A quantised base gives its weight dequantised, and rounds what it gets itself.
+        return shifted.to(weight.dtype) if weight.dtype == module.get_base_layer().weight.dtype else shifted
 
     def _shift_bias(self, module: LoraLayer, active_adapter: str, sign: int) -> None:
         # PEFT itself adds and takes away the bias of ``active_adapter``: here is only the difference.

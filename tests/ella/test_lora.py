@@ -53,6 +53,7 @@ def quantised_model(kind):
             quantised = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
             quantised.weight = bnb.nn.Int8Params(base[i].weight.data, requires_grad=False, has_fp16_weights=False)
         base[i] = quantised.to("cpu")
+    setattr(base, f"is_loaded_in_{kind}", True)  # what transformers notes, and PEFT asks
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "1"]))
     randomise(model, 1)
     return model
