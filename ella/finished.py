@@ -97,6 +97,11 @@ class FinishedTasks:
             )
             self._lost_unless(False, f"the LoRA layer {gone} is no longer in the model (unloaded, or replaced)")
         self._lost_unless(self.adapter in self.model.peft_config, f"adapter {self.adapter!r} was deleted")
+        if TASK in self.model.peft_config and self.adapter != TASK:
+            raise ValueError(
+                f"the model has an adapter {TASK!r} of a later task that was loaded without its EllaRegularizer (a "
+                "resumed checkpoint, say): attach(trainer, regularizer) and EllaRegularizer.from_pretrained restore both"
+            )
         if training and self.adapter not in self.model.active_adapters:
             raise ValueError(
                 f"adapter {self.adapter!r} is not active ({self.model.active_adapters} is), so the penalty would be on "

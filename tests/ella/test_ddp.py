@@ -28,7 +28,11 @@ if world > 1:
     wrapped = DistributedDataParallel(model)
 parameters = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-for step in range(4):
+for step in range(6):
+    if step == 3:  # a task ends inside the wrapper, with the optimizer's parameters
+        torch.manual_seed(0)
+        reg.end_task("first")
+        randomise(model, 3)
     optimizer.zero_grad()
     reg.add_gradient_()
     batch = ids(8, seed=step)[rank * (8 // world):(rank + 1) * (8 // world)]

@@ -261,6 +261,19 @@ def test_a_fresh_process_resumes_within_the_first_task(tmp_path):
     assert torch.equal(weights(model), before)
 
 
+def test_a_callback_without_attach_does_not_mix_tasks(tmp_path):
+    """After one task the knowledge has the trained adapter's rank: PEFT loads it there without a word."""
+    model, reg = model_with_past()
+    trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train()
+    fresh = classifier()
+    callback = EllaCallback(EllaRegularizer(fresh))
+    trainer = InOrder(fresh, arguments(tmp_path), train_dataset=EXAMPLES, callbacks=[callback])
+    with pytest.raises(ValueError, match="an adapter 'ella_task' of a later task that was loaded without"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_checkpoint_of_other_tasks_is_refused(tmp_path):
     model, reg = model_with_past()
     trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
