@@ -100,7 +100,7 @@ class FinishedTasks:
         if TASK in self.model.peft_config and self.adapter != TASK:
             raise ValueError(
                 f"the model has an adapter {TASK!r} of a later task that was loaded without its EllaRegularizer (a "
-                "resumed checkpoint, say): attach(trainer, regularizer) and EllaRegularizer.from_pretrained restore both"
+                "resumed checkpoint, say): attach(trainer, regularizer) and EllaRegularizer.from_pretrained restore it"
             )
         if training and self.adapter not in self.model.active_adapters:
             raise ValueError(
