@@ -119,35 +119,48 @@ def add_updates(module: LoraLayer, result: Tensor, x: Tensor, adapters: Sequence
             found = found * module.scaling[name]
             result = result + (found if scale is None else found * scale.to(found.dtype))
         return result
-    if len(adapters) == 2 and _is_plain(module, x, adapters):
-        return _add_both(module, result, x, *adapters)
+    factors = _factors(module, x, *adapters) if len(adapters) == 2 else None
+    if factors is not None:
+        return _add_both(module, result, x, factors, *adapters)
     for name in adapters:
         lora_A, lora_B = module.lora_A[name], module.lora_B[name]
         inputs = module.lora_dropout[name](module._cast_input_dtype(x, lora_A.weight.dtype))
-        result = result + lora_B(lora_A(inputs)) * module.scaling[name]
+        found = lora_B(lora_A(inputs))
+        # Of the knowledge it is 1: a pass over the output saved.
+        result = result + (found if module.scaling[name] == 1 else found * module.scaling[name])
     return result
 
 
-def _is_plain(module: LoraLayer, x: Tensor, adapters: Sequence[str]) -> bool:
-    """Whether the factors are tensors in reach: nobody's hook loads, gathers or replaces them."""
-    for name in adapters:
+def _factors(module: LoraLayer, x: Tensor, knowledge: str, task: str) -> list[Tensor] | None:
+    """``[Aₖ, Bₖ, Aₜ, Bₜ]``; None unless all are tensors in reach (no hook loads or replaces any) and the knowledge is
+    frozen, with scaling 1.
+    """
+    if module.scaling[knowledge] != 1 or not x.is_floating_point():
+        return None
+    found, device = [], x.device
+    for name in (knowledge, task):
         for holder in (module.lora_A[name], module.lora_B[name]):
             if type(holder) is not nn.Linear or holder._forward_hooks or holder._forward_pre_hooks:
-                return False
+                return None
             weight = holder.weight
-            if type(weight) is not nn.Parameter or weight.device != x.device or "forward" in holder.__dict__:
-                return False
-    return x.is_floating_point()
+            if type(weight) is not nn.Parameter or weight.device != device or "forward" in holder.__dict__:
+                return None
+            found.append(weight)
+    return None if found[0].requires_grad or found[1].requires_grad else found
 
 
-def _add_both(module: LoraLayer, result: Tensor, x: Tensor, knowledge: str, task: str) -> Tensor:
-    dropout, scaling = module.lora_dropout[task], module.scaling[task]
-    dropped = None if isinstance(dropout, nn.Identity) or not dropout.training else dropout(x)
-    weights = (module.lora_A[knowledge].weight, module.lora_B[knowledge].weight)
-    weights += (module.lora_A[task].weight, module.lora_B[task].weight)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    result = _SumOfUpdates.apply(result, x, dropped, *weights, scaling, dtype)
+def _add_both(module: LoraLayer, result: Tensor, x: Tensor, factors: list[Tensor], knowledge: str, task: str) -> Tensor:
+    dropout, scaling, dtype = module.lora_dropout[task], module.scaling[task], _product_dtype(x)
+    dropped = x if isinstance(dropout, nn.Identity) or not dropout.training else dropout(x)
+    a_k, _, a_t, b_t = factors
+    # Joining the factors for few rows, as in decoding, would cost as much as their products.
+    few = x.numel() <= (a_k.shape[0] + a_t.shape[0]) * x.shape[-1]
+    if few or dropped is not x:
+        result = _add_apart(result, x, dropped, *factors, scaling, dtype)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (result, x, a_t, b_t)):
+        result = _AddJoined.apply(result, x, *factors, scaling, dtype)
+    else:
+        result, _, _ = _add_joined(result, x, *factors, scaling, dtype)
     for name in (knowledge, task):
         bias = module.lora_B[name].bias
         if bias is not None:
@@ -155,62 +168,100 @@ def _add_both(module: LoraLayer, result: Tensor, x: Tensor, knowledge: str, task
     return result
 
 
-class _SumOfUpdates(torch.autograd.Function):
-    """``result + x Aₖᵀ Bₖᵀ + s · x Aₜᵀ Bₜᵀ``: one product over ``x``, one that adds into ``result``.
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which a linear map of ``x`` is computed; autocast leaves float64 alone."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
-    By plain autograd either the frozen factors of the knowledge get gradients that nobody wants, or ``x`` is read and
-    its gradient summed twice.
+
+def _add_apart(result, x, dropped, a_k, b_k, a_t, b_t, scaling, dtype) -> Tensor:
+    """``result + x Aₖᵀ Bₖᵀ + s · dropped Aₜᵀ Bₜᵀ``, adapter by adapter, differentiated by plain autograd."""
+    a_k, b_k, a_t, b_t = (t if t.dtype == dtype else t.to(dtype) for t in (a_k, b_k, a_t, b_t))
+    added, rows = _copy(result.reshape(-1, result.shape[-1]), dtype), _rows(x, dtype)
+    rows_t = rows if dropped is x else _rows(dropped, dtype)
+    _add_product(added, F.linear(rows, a_k), b_k)
+    _add_product(added, F.linear(rows_t, a_t), b_t, scaling)
+    return added.view(result.shape)
+
+
+def _add_joined(result, x, a_k, b_k, a_t, b_t, scaling, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """``result + x Aₖᵀ Bₖᵀ + s · x Aₜᵀ Bₜᵀ`` by one product with ``x`` and one that adds, and what led to it.
+
+    Returns:
+        The sum, the rows of ``x`` ``(n, in)`` and ``s · x Aₜᵀ`` ``(n, r)``.
+    """
+    rows = _rows(x, dtype)
+    # [n, k + r]
+    hidden = F.linear(rows, _joined(a_k, a_t, 0, dtype))
+    hidden_t = hidden[:, a_k.shape[0] :].mul_(scaling)
+    # No view is returned: of an autograd.Function it could not be changed in place (an activation after the layer).
+    added = _copy(result, dtype)
+    _add_product(added.view(-1, added.shape[-1]), hidden, _joined(b_k, b_t, 1, dtype))
+    return added, rows, hidden_t
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _copy(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """``result``, contiguous, for adding products in ``dtype`` to: in the wider dtype of both."""
+    wider = torch.promote_types(result.dtype, dtype)
+    return result.to(wider, copy=True, memory_format=torch.contiguous_format)
+
+
+def _joined(known: Tensor, trained: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.cat((known, trained), dim).to(dtype)
+
+
+def _add_product(added: Tensor, hidden: Tensor, b: Tensor, scaling: float = 1.0) -> None:
+    if added.dtype == b.dtype:
+        added.addmm_(hidden, b.T, alpha=scaling)
+    else:
+        added.add_(hidden @ b.T, alpha=scaling)
+
+
+class _AddJoined(torch.autograd.Function):
+    """:func:`_add_joined` with gradients for ``result``, ``x`` and the trained factors.
+
+    By plain autograd the frozen factors of the knowledge, being joined with trained ones, get gradients that nobody
+    wants. Saved is what plain LoRA saves: ``x``, itself where its dtype allows, and ``(n, r)`` of its products.
     """
 
     @staticmethod
-    def forward(ctx, result, x, dropped, a_k, b_k, a_t, b_t, scaling, dtype):
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        rows_t = rows if dropped is None else dropped.reshape(rows.shape).to(dtype)
-        ctx.scaling, ctx.dropout, ctx.rank = scaling, dropped is not None, a_k.shape[0]
-        with torch.autocast(x.device.type, enabled=False):
-            hidden = _project(rows, rows_t, a_k.to(dtype), a_t.to(dtype), scaling)
-            # [n, k + r] @ [k + r, out]
-            both = torch.cat((b_k.to(dtype), b_t.to(dtype)), 1)
-            base = result.reshape(-1, result.shape[-1])
-            added = torch.addmm(base, hidden, both.T) if result.dtype == dtype else base + hidden @ both.T
-        ctx.save_for_backward(rows, rows_t, hidden[:, ctx.rank :].clone(), a_k, b_k, a_t, b_t)
-        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-        return added.view(result.shape)
+    def forward(ctx, result, x, a_k, b_k, a_t, b_t, scaling, dtype):
+        added, rows, hidden_t = _add_joined(result, x, a_k, b_k, a_t, b_t, scaling, dtype)
+        ctx.scaling, ctx.dtype, ctx.x_dtype, ctx.x_shape = scaling, dtype, x.dtype, x.shape
+        *_, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        # Not the view, which would keep the (n, k) beside it alive.
+        hidden_t = hidden_t.contiguous() if needs_b else None
+        ctx.save_for_backward(rows if needs_a else None, hidden_t, a_k, b_k, a_t, b_t)
+        return added
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, rows_t, hidden_t, a_k, b_k, a_t, b_t = ctx.saved_tensors
-        dtype, k = rows.dtype, ctx.rank
-        _, needs_x, needs_dropped, *_, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        rows, hidden_t, a_k, b_k, a_t, b_t = ctx.saved_tensors
+        k, dtype = a_k.shape[0], ctx.dtype
+        _, needs_x, *_, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = None
         with torch.autocast(grad.device.type, enabled=False):
-            flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
-            grad_x = grad_dropped = grad_a = grad_b = None
+            flat = _rows(grad, dtype)
             if needs_b:
                 grad_b = (flat.T @ hidden_t).to(b_t.dtype)
-            if needs_x or needs_dropped or needs_a:
+            if needs_x:
                 # [n, k + r]
-                back = flat @ torch.cat((b_k.to(dtype), b_t.to(dtype)), 1)
+                back = flat @ _joined(b_k, b_t, 1, dtype)
                 back_t = back[:, k:].mul_(ctx.scaling)
-                if needs_a:
-                    grad_a = (back_t.T @ rows_t).to(a_t.dtype)
-                if ctx.dropout:
-                    grad_x, grad_dropped = back[:, :k] @ a_k.to(dtype), back_t @ a_t.to(dtype)
-                    grad_dropped = grad_dropped.to(ctx.x_dtype).view(ctx.x_shape)
-                else:
-                    grad_x = back @ torch.cat((a_k.to(dtype), a_t.to(dtype)))
-                grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
-        return grad, grad_x, grad_dropped, None, None, grad_a, grad_b, None, None
-
-
-def _project(rows: Tensor, rows_t: Tensor, a_k: Tensor, a_t: Tensor, scaling: float) -> Tensor:
-    """``[x Aₖᵀ, s · x Aₜᵀ]``, ``(n, k + r)``."""
-    if rows_t is rows:
-        hidden = F.linear(rows, torch.cat((a_k, a_t)))
-    else:
-        hidden = torch.cat((F.linear(rows, a_k), F.linear(rows_t, a_t)), 1)
-    hidden[:, a_k.shape[0] :].mul_(scaling)
-    return hidden
+                # Not a view of rows: autograd adds the base layer's gradient to it in place.
+                back = back.view(*ctx.x_shape[:-1], back.shape[1])
+                grad_x = torch.matmul(back, _joined(a_k, a_t, 0, dtype)).to(ctx.x_dtype)
+            elif needs_a:
+                back_t = (flat @ b_t.to(dtype)).mul_(ctx.scaling)
+            if needs_a:
+                grad_a = (back_t.T @ rows).to(a_t.dtype)
+        return grad, grad_x, None, None, grad_a, grad_b, None, None
 
 
 # --- adapters disabled, and layers without variants ------------------------------------------------------------------
