@@ -7,6 +7,7 @@ factors fit in it, and a training step finds them cold.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -37,7 +38,9 @@ __all__ = [
 
 THREADS = 2
 # RMS error against fp64 above which a row is red and shows no speed; tf32 only where it was asked for.
-GATE = {"ieee": 1e-5, "tf32": 1e-2}
+# A whole model in bf16 rounds in every layer: its logits and gradients are 2e-2 off with plain LoRA too, a past that is
+# left out of the smallest case 3e-1.
+GATE = {"ieee": 1e-5, "tf32": 1e-2, "bf16": 5e-2}
 
 
 def pin_threads(threads: int = THREADS) -> None:
@@ -193,11 +196,13 @@ def _row_block(past: ek.LowRank, rows: slice) -> ek.LowRank:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """``RMS(found - expected) / RMS(expected)`` in float64; a zero reference is refused."""
+    """``RMS(found - expected) / RMS(expected)`` in float64, inf where it is no number; a zero reference is refused."""
     norm = expected.double().norm()
     if norm == 0:
         raise ValueError("the reference is zero: a relative error proves nothing")
-    return ((found.detach().double().to(expected.device) - expected).norm() / norm).item()
+    error = ((found.detach().double().to(expected.device) - expected).norm() / norm).item()
+    # NaN is neither over a bound nor the largest of several.
+    return math.inf if math.isnan(error) else error
 
 
 def cache_bytes(device: str = "cpu") -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -127,9 +126,7 @@ def gate_error(prepared: Prepared, references: Mapping[int, tuple]) -> float:
         pairs = [] if values is None else [(values[index], value)]
         if len(grads_a):
             pairs += [(grads_a[index], grad_a), (grads_b[index], grad_b)]
-        for found, expected in pairs:
-            error = relative_error(found, expected)
-            worst = max(worst, float("inf") if math.isnan(error) else error)
+        worst = max([worst, *(relative_error(found, expected) for found, expected in pairs)])
     return worst
 
 

@@ -53,6 +53,10 @@ def test_the_blockwise_reference_is_the_whole_one(penalty, energy):
         assert relative_error(found, expected) < 1e-13
 
 
+def test_what_is_no_number_is_infinitely_wrong():
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2, dtype=torch.float64)) == float("inf")
+
+
 def test_a_zero_reference_proves_nothing():
     with pytest.raises(ValueError, match="reference is zero"):
         relative_error(torch.zeros(3), torch.zeros(3, dtype=torch.float64))
