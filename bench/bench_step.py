@@ -58,21 +58,26 @@ class Way(NamedTuple):
     penalty: str = "hadamard"
 
 
+def base_model(case: StepCase) -> LlamaForCausalLM:
+    """A LLaMA of the case's sizes with random weights."""
+    config = LlamaConfig(
+        hidden_size=case.hidden,
+        intermediate_size=case.ffn,
+        num_hidden_layers=case.blocks,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.heads,
+        vocab_size=case.vocabulary,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
 class Trained:
     """A PEFT model with ``case.tasks`` finished random tasks in its past, and a step for every way."""
 
     def __init__(self, case: StepCase, device: str):
         torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=case.hidden,
-            intermediate_size=case.ffn,
-            num_hidden_layers=case.blocks,
-            num_attention_heads=case.heads,
-            num_key_value_heads=case.heads,
-            vocab_size=case.vocabulary,
-            tie_word_embeddings=True,
-        )
-        base = LlamaForCausalLM(config).to(device)
+        base = base_model(case).to(device)
         lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"])
         self.size = sum(p.numel() for p in base.parameters())
         self.model = get_peft_model(base, lora).train()

@@ -25,6 +25,15 @@ README = Path(__file__).parents[1] / "README.md"
 AUTO = "ours auto, torch"
 # Ways shown for a training step; report.md has all of them.
 STEP_WAYS = ("no penalty", BASELINE, "dense compiled", "ours added to .grad")
+# Cases of bench_past by the end of their names, and where the past is kept; report.md has all of them.
+WHOLE_STEP = (
+    (" q,v, fp32, r8 k120", "adapter"),
+    (" all-linear, fp32, r8 k8", "adapter"),
+    (" all-linear, fp32, r8 k120", "adapter"),
+    (" all-linear, bf16 autocast, base bf16, adapters fp32, r8 k120", "adapter"),
+    (" all-linear, fp32, r8 k120", "merge"),
+    (" all-linear, fp32, r8 k120", "external"),
+)
 
 
 def section(cpu: dict | None, gpu: dict | None) -> str:
@@ -53,6 +62,11 @@ def _cpu(rows: Sequence[dict]) -> Iterator[str]:
         ("Whole models, one call per step (gradients added in place; past: what is kept between steps)", _models(rows)),
         ("Finished tasks, one 2048x2048 layer, r = 8 each: time and bytes of the past", _tasks(rows)),
         ("Share of a training step (penalty timed alone over the whole step; AdamW, LoRA on q and v)", _steps(rows)),
+        (
+            "Whole step, without an optimizer: forward and backward over plain LoRA, and over both plain LoRA and the "
+            "matrix products that the finished tasks add, timed bare (p20 … p80)",
+            _whole_step(rows),
+        ),
         ("Keeping p components of the past: value over exact, gradient cosine", _truncation(rows)),
         ("Where the default loses to dense eager", _losing(rows)),
     ):
@@ -129,6 +143,28 @@ def _steps(rows: Sequence[dict]) -> list[str]:
         peak, past = bytes_text(row["peak_bytes"]), bytes_text(row["held_bytes"])
         lines.append((row["case"], row["provider"], seconds_text(row["median"]), alone, share, past, peak))
     return table(("model", "penalty", "step", "penalty alone", "share", "past", "peak"), lines) if lines else []
+
+
+def _whole_step(rows: Sequence[dict]) -> list[str]:
+    lines = []
+    for case, keep in WHOLE_STEP:
+        mine = {r["mode"]: r for r in _find(rows, bench="past", provider=f"ours, {keep}") if r["case"].endswith(case)}
+        both = mine.get("forward and backward")
+        if both is None or both["median"] is None:
+            continue
+        forward, penalty, everything = (_time(mine.get(mode)) for mode in ("forward", "penalty", "everything"))
+        backward = seconds_text(both["extra"].get("backward_seconds"))
+        ratios = (_spread(both["extra"], name) for name in ("over_plain", "over_plain_and_added"))
+        error = f"{both['error']:.0e}"
+        lines.append((f"{both['case']}, {keep}", forward, backward, penalty, everything, *ratios, error))
+    header = ("model, past", "forward", "backward", "penalty", "everything", "over plain", "over both", "error")
+    return table(header, lines) if lines else []
+
+
+def _spread(extra: dict, name: str) -> str:
+    if name not in extra:
+        return "–"
+    return f"{extra[name]:.3f} ({extra[name + '_p20']:.3f} … {extra[name + '_p80']:.3f})"
 
 
 def _truncation(rows: Sequence[dict]) -> list[str]:

@@ -74,6 +74,7 @@ TITLES = {
     "scaling": "Scaling in width, k and the number of tasks",
     "fold": "Folding a finished task into the past",
     "step": "A training step, end to end",
+    "past": "What finished tasks cost a step (baseline: plain LoRA)",
     "truncation": "Truncated pasts",
 }
 
