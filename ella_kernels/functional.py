@@ -1,8 +1,8 @@
 """The public functions: check, normalise, choose, call.
 
 All take LoRA factors as PEFT stores them, ``lora_A (r, in)`` and ``lora_B (out, r)``, in float32, float64, bfloat16 or
-float16; arithmetic and results are float32, or float64 as soon as one operand is float64. Source of the penalty:
-Das Biswas et al., EACL 2026, arXiv 2601.02232.
+float16; arithmetic and results are float32, or float64 as soon as one operand is float64, also inside ``autocast``.
+Source of the penalty: Das Biswas et al., EACL 2026, arXiv 2601.02232.
 """
 
 from __future__ import annotations

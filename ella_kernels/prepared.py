@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import gram, spectral, stream
+from .autocast import without_autocast
 from .dispatch import no_kernel, warn_once
 from .grouped import Layer
 
@@ -48,12 +49,13 @@ class Prepared(NamedTuple):
             moved_by: bytes by which all targets lie elsewhere than when this was prepared; 0 if it holds operands.
         """
         values = (torch.zeros if self.is_partial else torch.empty)(self.shape, dtype=self.dtype, device=self.device)
-        for prepared in self.on_triton:
-            prepared.run(weight, values, moved_by)
-        for algorithm, placed in self.on_torch.items():
-            found = _torch_path(algorithm)([layer for _, layer in placed], weight)
-            for (index, _), value in zip(placed, found, strict=True):
-                values[index] = value
+        with without_autocast(self.device):
+            for prepared in self.on_triton:
+                prepared.run(weight, values, moved_by)
+            for algorithm, placed in self.on_torch.items():
+                found = _torch_path(algorithm)([layer for _, layer in placed], weight)
+                for (index, _), value in zip(placed, found, strict=True):
+                    values[index] = value
         return values
 
 
@@ -81,7 +83,8 @@ def prepare(layers: Sequence[Layer | None], like: Tensor, backend: str, precisio
         else:
             on_triton.setdefault(layer.algorithm, []).append(index)
     is_partial = sum(map(len, on_triton.values())) < len(layers)
-    prepared = [_on_triton(algorithm, layers, indices, precision) for algorithm, indices in on_triton.items()]
+    with without_autocast(like.device):
+        prepared = [_on_triton(algorithm, layers, indices, precision) for algorithm, indices in on_triton.items()]
     dtype = torch.float64 if wide else torch.float32
     return Prepared((len(layers),), dtype, like.device, is_partial, prepared, on_torch)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .lowrank import LowRank
 
 __all__ = ["hadamard_grad", "hadamard_penalty", "past_squared", "spectral_grad", "spectral_penalty"]
@@ -34,16 +35,18 @@ def hadamard_penalty(lora_A: Tensor, lora_B: Tensor, past: Past, scaling: float 
     """``‖ΔW ⊙ W_past‖_F²`` with ``ΔW = scaling · B A``; 0-dim, differentiable by plain autograd."""
     if past is None:
         return (lora_A.sum() + lora_B.sum()) * 0
-    delta = scaling * (lora_B @ lora_A)
-    return (delta.square() * past_squared(past)).sum()
+    with without_autocast(lora_A.device):
+        delta = scaling * (lora_B @ lora_A)
+        return (delta.square() * past_squared(past)).sum()
 
 
 def hadamard_grad(lora_A: Tensor, lora_B: Tensor, past: Past, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
     """Closed form ``∂P/∂A = 2s Bᵀ H``, ``∂P/∂B = 2s H Aᵀ``, ``H = ΔW ⊙ W ⊙ W``; returned as ``(grad_A, grad_B)``."""
     if past is None:
         return torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    h = scaling * (lora_B @ lora_A) * past_squared(past)
-    return 2 * scaling * (lora_B.mT @ h), 2 * scaling * (h @ lora_A.mT)
+    with without_autocast(lora_A.device):
+        h = scaling * (lora_B @ lora_A) * past_squared(past)
+        return 2 * scaling * (lora_B.mT @ h), 2 * scaling * (h @ lora_A.mT)
 
 
 def _even_split(past: LowRank | Tensor) -> tuple[Tensor, Tensor]:
@@ -58,14 +61,16 @@ def spectral_penalty(lora_A: Tensor, lora_B: Tensor, past: Past, scaling: float 
     """``‖Lᵀ ΔW Rᵀ‖_F²``, the projected norm; a dense past is split evenly by its SVD. Energies do not enter."""
     if past is None:
         return (lora_A.sum() + lora_B.sum()) * 0
-    left, right = _even_split(past)
-    return (left.mT @ (scaling * (lora_B @ lora_A)) @ right.mT).square().sum()
+    with without_autocast(lora_A.device):
+        left, right = _even_split(past)
+        return (left.mT @ (scaling * (lora_B @ lora_A)) @ right.mT).square().sum()
 
 
 def spectral_grad(lora_A: Tensor, lora_B: Tensor, past: Past, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
     """Closed form with ``H = L (Lᵀ ΔW Rᵀ) R``: ``∂P/∂A = 2s Bᵀ H``, ``∂P/∂B = 2s H Aᵀ``."""
     if past is None:
         return torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    left, right = _even_split(past)
-    h = left @ (left.mT @ (scaling * (lora_B @ lora_A)) @ right.mT) @ right
-    return 2 * scaling * (lora_B.mT @ h), 2 * scaling * (h @ lora_A.mT)
+    with without_autocast(lora_A.device):
+        left, right = _even_split(past)
+        h = left @ (left.mT @ (scaling * (lora_B @ lora_A)) @ right.mT) @ right
+        return 2 * scaling * (lora_B.mT @ h), 2 * scaling * (h @ lora_A.mT)
