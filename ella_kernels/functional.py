@@ -8,7 +8,9 @@ Source of the penalty: Das Biswas et al., EACL 2026, arXiv 2601.02232.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ __all__ = [
 
 Past = LowRank | Tensor | None
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Its square enters the penalty.
+_MAX_SCALING = math.sqrt(sys.float_info.max)
 
 
 def hadamard_penalty(
@@ -163,15 +167,19 @@ def add_spectral_grad_(
 
 
 def _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision) -> Tensor:
+    _one_of("backend", backend, BACKENDS)
+    _one_of("precision", precision, PRECISIONS)
     operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
     if operands is None:
         return torch.zeros(0)
-    backend = _resolve(backend, precision, operands)
-    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*lora_As, *lora_Bs))
+    backend = _resolve(backend, operands)
+    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*operands[0], *operands[1]))
     return ops.penalty(*operands, with_grad, backend, precision)[0]
 
 
 def _add_grads_(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision) -> Tensor:
+    _one_of("backend", backend, BACKENDS)
+    _one_of("precision", precision, PRECISIONS)
     options = (algorithm, backend, precision)
     signature = repeats.signature(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, options)
     choice = repeats.find(signature)
@@ -203,9 +211,9 @@ def _add_checked_grads_(
 ) -> Tensor:
     """All checks, then the registered op, or for a call with a signature its kernels, which are kept for the next."""
     operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
+    lora_As, lora_Bs = ([], []) if operands is None else operands[:2]
+    grads_A, grads_B = _entries("grads_A", grads_A, len(lora_As)), _entries("grads_B", grads_B, len(lora_Bs))
     for name, grads, factors in (("grads_A", grads_A, lora_As), ("grads_B", grads_B, lora_Bs)):
-        if len(grads) != len(factors):
-            raise ValueError(f"{name} must have one entry per layer, found {len(grads)} for {len(factors)} layers")
         for i, (grad, factor) in enumerate(zip(grads, factors, strict=True)):
             _floating(f"{name}[{i}]", grad)
             if grad.shape != factor.shape or grad.device != factor.device:
@@ -216,7 +224,7 @@ def _add_checked_grads_(
     _check_weight(weight)
     if operands is None:
         return torch.zeros(0)
-    backend = _resolve(backend, precision, operands)
+    backend = _resolve(backend, operands)
     if signature is None or _is_converted(pasts, algorithm):
         return _run_op(operands, grads_A, grads_B, weight, backend, precision)
     # torch's own operators are left to the op: below the dispatcher they are cheaper.
@@ -231,16 +239,22 @@ def _add_checked_grads_(
 def _check_weight(weight: float | Tensor) -> None:
     if not isinstance(weight, Tensor):
         _finite("weight", weight)
-    elif weight.ndim != 0:
+        return
+    if weight.ndim != 0:
         raise ValueError(f"weight must be a number or a 0-dim tensor, found shape {tuple(weight.shape)}")
+    if weight.dtype.is_complex or weight.is_quantized:
+        raise TypeError(f"weight must be real, found {weight.dtype}")
+    if weight.layout is not torch.strided or weight.device.type == "meta":
+        raise ValueError(f"weight must hold a number, found a tensor on {weight.device} with layout {weight.layout}")
 
 
 def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None:
     """The parallel lists ``ops`` takes, checked; None for an empty group."""
+    lora_As = _entries("lora_As", lora_As)
     n = len(lora_As)
-    for name, given in (("lora_Bs", lora_Bs), ("pasts", pasts), ("scalings", scalings)):
-        if len(given) != n:
-            raise ValueError(f"{name} must have one entry per layer, found {len(given)} for {n} layers")
+    lora_Bs, pasts, scalings = (
+        _entries(name, given, n) for name, given in (("lora_Bs", lora_Bs), ("pasts", pasts), ("scalings", scalings))
+    )
     if n == 0:
         return None
     checked, codes = [], []
@@ -249,7 +263,7 @@ def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None
         a, b, past = lora_As[i], lora_Bs[i], pasts[i]
         _matrix(where("lora_A", i), a)
         _matrix(where("lora_B", i), b)
-        _finite(where("scaling", i), scalings[i])
+        _check_scaling(where("scaling", i), scalings[i])
         if b.shape[1] != a.shape[0]:
             raise ValueError(
                 f"{where('lora_B', i)} must have shape (out, {a.shape[0]}) to match lora_A {tuple(a.shape)}, "
@@ -308,10 +322,17 @@ def _check_past(past: Past, name: str, a: Tensor, b: Tensor, algorithm: str) -> 
     if (past.row_energy is None) != (past.col_energy is None):
         raise ValueError(f"{name} must have both row_energy and col_energy or neither, found only one")
     if past.row_energy is not None:
-        _floating(f"{name}.row_energy", past.row_energy)
-        _floating(f"{name}.col_energy", past.col_energy)
-        _expect(f"{name}.row_energy", past.row_energy, (out,), a)
-        _expect(f"{name}.col_energy", past.col_energy, (in_,), a)
+        _check_energy(f"{name}.row_energy", past.row_energy, out, a)
+        _check_energy(f"{name}.col_energy", past.col_energy, in_, a)
+
+
+def _check_energy(name: str, energy: Tensor, size: int, like: Tensor) -> None:
+    _floating(name, energy)
+    _expect(name, energy, (size,), like)
+    # Where looking at values makes nobody wait, and where there are any.
+    may_look = like.device.type == "cpu" and not torch.compiler.is_compiling() and not repeats.is_intercepted()
+    if may_look and (energy < 0).any():
+        raise ValueError(f"{name} must not be negative, found {energy.min().item()}: it sums squares")
 
 
 def _even_split(past: Tensor, name: str) -> LowRank:
@@ -323,9 +344,7 @@ def _even_split(past: Tensor, name: str) -> LowRank:
     return split_evenly(*torch.linalg.svd(wide, full_matrices=False), min(past.shape), wide.dtype)
 
 
-def _resolve(backend: str, precision: str, operands: tuple) -> str:
-    _one_of("backend", backend, BACKENDS)
-    _one_of("precision", precision, PRECISIONS)
+def _resolve(backend: str, operands: tuple) -> str:
     lora_As, _, _, rights, *_, codes = operands
     resolved = select_backend(backend, lora_As[0].device.type)
     if backend == "triton":
@@ -337,8 +356,23 @@ def _resolve(backend: str, precision: str, operands: tuple) -> str:
     return resolved
 
 
+def _entries(name: str, given: Sequence, n: int | None = None) -> list:
+    """What is given per layer, as a list; of ``n`` entries, if that is known."""
+    entries = given
+    if not isinstance(given, (list, tuple)):
+        try:
+            entries = None if isinstance(given, Mapping) else [given[i] for i in range(len(given))]
+        except (TypeError, LookupError):
+            entries = None
+    if entries is None:
+        raise TypeError(f"{name} must be a sequence with one entry per layer, found {type(given).__name__}")
+    if n is not None and len(entries) != n:
+        raise ValueError(f"{name} must have one entry per layer, found {len(entries)} for {n} layers")
+    return list(entries)
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, found {value!r}")
 
 
@@ -347,6 +381,8 @@ def _floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, found {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, found {'nested' if tensor.is_nested else tensor.layout}")
 
 
 def _matrix(name: str, tensor: Tensor) -> None:
@@ -369,7 +405,17 @@ def _no_grad_past(name: str, tensor: Tensor) -> None:
 
 
 def _finite(name: str, value: float) -> None:
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, found {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, found a larger number") from None
+    if not is_finite:
         raise ValueError(f"{name} must be finite, found {value}")
+
+
+def _check_scaling(name: str, value: float) -> None:
+    _finite(name, value)
+    if abs(value) > _MAX_SCALING:
+        raise ValueError(f"{name} must be at most {_MAX_SCALING:.1e} in size, found {float(value)}")

@@ -70,8 +70,8 @@ def truncate(left: Tensor, right: Tensor, rank: int) -> LowRank:
         :class:`LowRank` in float32 (float64 if either input is), columns ordered by singular value, split evenly.
 
     Raises:
-        TypeError: ``rank`` is not an int, or a factor is not a floating tensor.
-        ValueError: negative ``rank``, or shapes or devices that do not fit.
+        TypeError: ``rank`` is not an int, or a factor is not a dense floating tensor.
+        ValueError: negative ``rank``, shapes or devices that do not fit, or a factor that is not finite.
 
     >>> past = truncate(torch.eye(4), torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])), 2)
     >>> past.left.shape, past.row_energy
@@ -85,11 +85,17 @@ def truncate(left: Tensor, right: Tensor, rank: int) -> LowRank:
         if not isinstance(factor, Tensor) or not factor.is_floating_point():
             found = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
             raise TypeError(f"{name} must be a floating-point tensor, found {found}")
+        if factor.layout is not torch.strided or factor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, found {'nested' if factor.is_nested else factor.layout}")
         if factor.ndim != 2:
             raise ValueError(f"{name} must have 2 dimensions, found shape {tuple(factor.shape)}")
     if left.shape[1] != right.shape[0]:
         raise ValueError(f"right must have shape ({left.shape[1]}, in) to follow left, found {tuple(right.shape)}")
     if left.device != right.device:
         raise ValueError(f"right must be on left's device {left.device}, found {right.device}")
+    if left.device.type != "meta" and not torch.compiler.is_compiling():
+        for name, factor in (("left", left), ("right", right)):
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"{name} must be finite, found nan or inf in it")
     dtype = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
     return split_evenly(*svd_factors(left, right), rank, dtype)

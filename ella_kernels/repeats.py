@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .lowrank import LowRank
 from .prepared import Prepared
 
-__all__ = ["Choice", "Signature", "find", "remember", "signature"]
+__all__ = ["Choice", "Signature", "find", "is_intercepted", "remember", "signature"]
 
 # Enough for a model on several devices whose gradients an allocator places in a few alternating patterns.
 _MAX_CALLS = 8
@@ -73,7 +73,7 @@ def signature(
     That is an unusual call: tensor subclasses, tensors without memory of their own, wrong types, a past that requires
     grad, or a call that is being traced or captured.
     """
-    if torch.compiler.is_compiling() or _is_intercepted():
+    if torch.compiler.is_compiling() or is_intercepted():
         return None
     if isinstance(weight, Tensor) and (type(weight) not in _TENSORS or weight.is_neg()):
         return None
@@ -141,6 +141,6 @@ def remember(found: Signature, codes: list[int], backend: str, prepared: Prepare
     _calls[:] = ((found.key, choice), *_calls[: _MAX_CALLS - 1])
 
 
-def _is_intercepted() -> bool:
+def is_intercepted() -> bool:
     """Whether a dispatch mode or a function transform wants to see the operators of this call."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
