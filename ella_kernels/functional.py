@@ -18,6 +18,7 @@ from torch import Tensor
 from . import ops, repeats
 from .dispatch import ALGORITHMS, BACKENDS, PRECISIONS, device_key, no_kernel, select_algorithm, select_backend
 from .lowrank import LowRank
+from .targets import check_apart, check_writable
 
 __all__ = [
     "add_hadamard_grad_",
@@ -130,8 +131,9 @@ def add_hadamard_grad_(
     """Add ``weight · ∂P/∂A`` and ``weight · ∂P/∂B`` of every layer to existing gradients in place, without autograd.
 
     Args:
-        grads_A, grads_B: tensors or views of the factors' shapes, any floating dtype and strides. The sum is formed in
-            fp32 and rounded once.
+        grads_A, grads_B: tensors or views of the factors' shapes, any floating dtype and strides, each with memory of
+            its own; one that is listed again for the same factor has the gradients added up. The sum is formed in fp32
+            and rounded once. Nothing is added when anything is refused.
         weight: λ (times a gradient scaler's scale), a finite number or a 0-dim tensor, which is not read on the host.
         others: as :func:`hadamard_penalty_grouped`.
 
@@ -221,9 +223,13 @@ def _add_checked_grads_(
                     f"{name}[{i}] must have shape {tuple(factor.shape)} on {factor.device}, "
                     f"found {tuple(grad.shape)} on {grad.device}"
                 )
+            check_writable(f"{name}[{i}]", grad)
     _check_weight(weight)
     if operands is None:
         return torch.zeros(0)
+    if not torch.compiler.is_compiling() and not repeats.is_intercepted():
+        read = zip(("lora_As", "lora_Bs", *["pasts"] * 4), operands[:6], strict=True)
+        check_apart([("grads_A", grads_A, lora_As), ("grads_B", grads_B, lora_Bs)], list(read))
     backend = _resolve(backend, operands)
     if signature is None or _is_converted(pasts, algorithm):
         return _run_op(operands, grads_A, grads_B, weight, backend, precision)

@@ -94,11 +94,14 @@ def signature(
             # Tables that a captured graph reads are kept for it on the other road.
             return None
         addresses = tuple(map(Tensor.data_ptr, tensors))
-        if any(map(Tensor.is_neg, tensors)):
+        if any(map(Tensor.is_neg, tensors)) or any(map(Tensor.is_inference, (*grads_A, *grads_B))):
             return None
         if 0 in addresses and any(compress(map(Tensor.numel, tensors), map(not_, addresses))):
             return None
         grad_base, n_grads = addresses[0], lengths[4] + lengths[5]
+        if not set(addresses[:n_grads]).isdisjoint(filter(None, addresses[n_grads:])):
+            # Gradients may move, and have moved onto what is read.
+            return None
         # Tables serve the stream that they were copied on.
         stream = torch.cuda.current_stream(tensors[0].device).cuda_stream if tensors[0].is_cuda else None
         key = (
