@@ -134,7 +134,8 @@ def add_hadamard_grad_(
         grads_A, grads_B: tensors or views of the factors' shapes, any floating dtype and strides, each with memory of
             its own; one that is listed again for the same factor has the gradients added up. The sum is formed in fp32
             and rounded once. Nothing is added when anything is refused.
-        weight: λ (times a gradient scaler's scale), a finite number or a 0-dim tensor, which is not read on the host.
+        weight: λ (times a gradient scaler's scale), a finite number or a real 0-dim tensor of any dtype on any device.
+            One on the layers' device is not read on the host.
         others: as :func:`hadamard_penalty_grouped`.
 
     Returns:

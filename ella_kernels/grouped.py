@@ -80,6 +80,22 @@ def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack([t.to(dtype) for t in tensors])
 
 
+def weight_on(device: torch.device, weight: Tensor | float) -> Tensor | float:
+    """A weight as every algorithm takes it: a number, or a 0-dim float32 or float64 tensor on ``device``.
+
+    Nothing waits for a device, unless the weight is on another one.
+    """
+    if not isinstance(weight, Tensor):
+        return float(weight)
+    if weight.device != device and weight.device.type == "cpu":
+        return float(weight.item())
+    # A part of something larger may be a part of a gradient, and change while it is read.
+    is_own = weight.untyped_storage().nbytes() == weight.dtype.itemsize
+    if is_own and weight.device == device and weight.dtype in (torch.float32, torch.float64):
+        return weight
+    return weight.to(device, torch.float64, copy=True)
+
+
 def deliver(targets: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add each gradient to its target, casting to the target's dtype after the (fp32) sum is formed."""
     same = [target.dtype == grad.dtype for target, grad in zip(targets, grads, strict=True)]

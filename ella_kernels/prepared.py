@@ -11,7 +11,7 @@ from torch import Tensor
 from . import gram, spectral, stream
 from .autocast import without_autocast
 from .dispatch import no_kernel, warn_once
-from .grouped import Layer
+from .grouped import Layer, weight_on
 
 if TYPE_CHECKING:
     from . import kernels
@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
         """The values; ``weight`` times the gradients is added to the layers' targets.
 
         Args:
-            weight: a number or a 0-dim tensor.
+            weight: a number or a real 0-dim tensor, of any dtype and on any device.
             moved_by: bytes by which all targets lie elsewhere than when this was prepared; 0 if it holds operands.
         """
         values = (torch.zeros if self.is_partial else torch.empty)(self.shape, dtype=self.dtype, device=self.device)
@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
             for prepared in self.on_triton:
                 prepared.run(weight, values, moved_by)
             for algorithm, placed in self.on_torch.items():
-                found = _torch_path(algorithm)([layer for _, layer in placed], weight)
+                found = _torch_path(algorithm)([layer for _, layer in placed], weight_on(self.device, weight))
                 for (index, _), value in zip(placed, found, strict=True):
                     values[index] = value
         return values

@@ -66,7 +66,7 @@ def _layer(layer: Layer, weight: Tensor | float) -> Tensor:
             grad_b[i].addmm_(h, a[:, j].mT)
             grad_a[:, j].addmm_(b[i].mT, h)
     if with_grad:
-        factor = (2 * s**2) * weight
+        factor = (2 * s**2) * (weight.double() if isinstance(weight, Tensor) else weight)
         deliver([layer.grad_B], [grad_b * factor])
         deliver([layer.grad_A], [grad_a * factor])
     return (value * s**2).to(dtype)

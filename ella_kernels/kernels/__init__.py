@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..grouped import Layer
+from ..grouped import Layer, weight_on
 from .gram import prepare_gram
 from .launch import check_device, device_guard
 from .spectral import prepare_spectral
@@ -48,14 +48,12 @@ class Prepared(NamedTuple):
         """Values into their positions of ``values`` and ``weight`` times the gradients onto the layers' targets.
 
         Args:
-            weight: a number or a 0-dim tensor, which is read on the device.
+            weight: a number or a real 0-dim tensor, which is read on the device.
             values: float32 or float64.
             moved_by: bytes by which all targets lie elsewhere than when this was prepared.
         """
         check_device(values)
-        if isinstance(weight, Tensor) and weight.device != values.device:
-            # A scalar on the host is read there; nothing waits for the device.
-            weight = float(weight)
+        weight = weight_on(values.device, weight)
         with device_guard(values):
             for launches, grad_base in self.classes:
                 launches.launch(weight, values, grad_base + moved_by)
