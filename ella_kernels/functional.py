@@ -172,6 +172,10 @@ def add_spectral_grad_(
 def _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision) -> Tensor:
     _one_of("backend", backend, BACKENDS)
     _one_of("precision", precision, PRECISIONS)
+    if not _are_constants(scalings):
+        # An op's numbers are compiled into the graph, once for each: these are multiplied in outside it.
+        plain = _penalties(lora_As, lora_Bs, pasts, [1.0] * len(scalings), algorithm, backend, precision)
+        return (plain.double() * _traced(scalings, plain.device).square()).to(plain.dtype)
     operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
     if operands is None:
         return torch.zeros(0)
@@ -213,6 +217,7 @@ def _add_checked_grads_(
     lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, algorithm, backend, precision, signature
 ) -> Tensor:
     """All checks, then the registered op, or for a call with a signature its kernels, which are kept for the next."""
+    scalings, traced = ([1.0] * len(scalings), scalings) if not _are_constants(scalings) else (scalings, None)
     operands = _operands(lora_As, lora_Bs, pasts, scalings, algorithm)
     lora_As, lora_Bs = ([], []) if operands is None else operands[:2]
     grads_A, grads_B = _entries("grads_A", grads_A, len(lora_As)), _entries("grads_B", grads_B, len(lora_Bs))
@@ -232,6 +237,14 @@ def _add_checked_grads_(
         read = zip(("lora_As", "lora_Bs", *["pasts"] * 4), operands[:6], strict=True)
         check_apart([("grads_A", grads_A, lora_As), ("grads_B", grads_B, lora_Bs)], list(read))
     backend = _resolve(backend, operands)
+    if not _are_constants([weight]):
+        (weight,) = _traced([weight], lora_As[0].device)
+    if traced is not None:
+        values, *grads = ops.penalty(*operands, True, backend, precision)
+        squares = _traced(traced, values.device).square()
+        factors = (squares * weight).unbind()
+        torch._foreach_add_([*grads_A, *grads_B], torch._foreach_mul([*grads[0], *grads[1]], [*factors, *factors]))
+        return (values.double() * squares).to(values.dtype)
     if signature is None or _is_converted(pasts, algorithm):
         return _run_op(operands, grads_A, grads_B, weight, backend, precision)
     # torch's own operators are left to the op: below the dispatcher they are cheaper.
@@ -411,9 +424,27 @@ def _no_grad_past(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must not require grad: the past is frozen; pass {name}.detach()")
 
 
+def _are_constants(numbers: Sequence[float | Tensor]) -> bool:
+    """Whether none of these is a Python number that a compiled caller may change from call to call."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not isinstance(numbers, (list, tuple)) or all(
+        not isinstance(number, (int, float)) or has_static_value(number) for number in numbers
+    )
+
+
+def _traced(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """``(n,)`` float64 of a compiled caller's numbers: a product is recorded where a conversion would be a constant."""
+    return torch.stack([torch.ones((), dtype=torch.float64, device=device) * number for number in numbers])
+
+
 def _finite(name: str, value: float) -> None:
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, found {type(value).__name__}")
+    if not _are_constants([value]):
+        return
     try:
         is_finite = math.isfinite(value)
     except OverflowError:
