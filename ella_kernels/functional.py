@@ -14,6 +14,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, repeats
 from .dispatch import ALGORITHMS, BACKENDS, PRECISIONS, device_key, no_kernel, select_algorithm, select_backend
@@ -58,10 +59,11 @@ def hadamard_penalty(
             terms cancel) and exact fp32 elsewhere. torch follows its own settings.
 
     Returns:
-        0-dim tensor, differentiable once in ``lora_A`` and ``lora_B``.
+        0-dim tensor, differentiable once in ``lora_A`` and ``lora_B``, backwards or forwards, by ``torch.func`` too.
 
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected.
+        RuntimeError: second-order derivatives, and ``vmap``.
 
     >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
     >>> hadamard_penalty(a, b, torch.full((2, 3), 2.0)).item()
@@ -181,6 +183,13 @@ def _penalties(lora_As, lora_Bs, pasts, scalings, algorithm, backend, precision)
         return torch.zeros(0)
     backend = _resolve(backend, operands)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*operands[0], *operands[1]))
+    if torch.compiler.is_compiling():
+        if ops.has_tangents():
+            raise RuntimeError(
+                "ella_kernels: forward-mode derivatives of a penalty are not compiled; take them outside"
+            )
+    elif with_grad or ops.is_transformed():
+        return ops.differentiable_penalty(*operands, True, backend, precision)
     return ops.penalty(*operands, with_grad, backend, precision)[0]
 
 
@@ -233,6 +242,7 @@ def _add_checked_grads_(
     _check_weight(weight)
     if operands is None:
         return torch.zeros(0)
+    _refuse_derivatives((*(t for column in operands[:6] for t in column), *grads_A, *grads_B, weight))
     if not torch.compiler.is_compiling() and not repeats.is_intercepted():
         read = zip(("lora_As", "lora_Bs", *["pasts"] * 4), operands[:6], strict=True)
         check_apart([("grads_A", grads_A, lora_As), ("grads_B", grads_B, lora_Bs)], list(read))
@@ -254,6 +264,23 @@ def _add_checked_grads_(
         return _run_op(operands, grads_A, grads_B, weight, backend, precision)
     repeats.remember(signature, operands[-1], backend, prepared)
     return _run_prepared(prepared, grads_A, grads_B, weight)
+
+
+def _refuse_derivatives(tensors: Sequence) -> None:
+    """The in-place form records nothing: who waits for a derivative of it would take its absence for a zero."""
+    if torch.compiler.is_compiling():
+        is_asked_for = ops.has_tangents()
+    else:
+        is_asked_for = ops.is_transformed() and any(
+            torch._C._functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None
+            for t in tensors
+            if isinstance(t, Tensor)
+        )
+    if is_asked_for:
+        raise RuntimeError(
+            "ella_kernels: gradients added in place cannot be differentiated; use the penalty's value, and backward() "
+            "or torch.func.grad"
+        )
 
 
 def _check_weight(weight: float | Tensor) -> None:

@@ -11,13 +11,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 from .grouped import Layer
 from .prepared import Prepared, prepare
 
-__all__ = ["add_penalty_grad_", "penalty", "prepare_group"]
+__all__ = [
+    "SECOND_ORDER",
+    "add_penalty_grad_",
+    "differentiable_penalty",
+    "has_tangents",
+    "is_transformed",
+    "penalty",
+    "prepare_group",
+]
 
 ABSENT = "none"
+SECOND_ORDER = (
+    "ella_kernels: second-order derivatives of a penalty are not supported, its gradient is a closed form that is not "
+    "differentiated; use ella_kernels.reference for them on small layers"
+)
 # Ops take ints; this is their meaning. "spectral" is a penalty, not an algorithm, but takes the same road.
 CODES = (ABSENT, "gram", "stream", "dense", "spectral")
 
@@ -104,44 +119,121 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output):
-    lora_As, lora_Bs = inputs[:2]
-    _, grads_A, grads_B = output
-    ctx.n_layers = len(lora_As)
-    # The factors are parameters and cost nothing to keep; a second differentiation is traced to them and refused.
-    ctx.save_for_backward(*grads_A, *grads_B, *lora_As, *lora_Bs)
-    ctx.mark_non_differentiable(*grads_A, *grads_B)
+def _save(ctx, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    ctx.dtypes = [t.dtype for t in factors]
+    ctx.save_for_backward(*grads)
     ctx.set_materialize_grads(False)
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity on a gradient, connected to its factor so that a second differentiation meets an error, not a zero."""
+def _scaled_gradients(ctx, grad_values: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    n = len(ctx.dtypes) // 2
+    if grad_values is None:
+        return [None] * n, [None] * n
+    scales = [*grad_values.unbind(), *grad_values.unbind()]
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        scaled = torch._foreach_mul(ctx.saved_tensors, scales)
+    else:
+        scaled = [grad * scale for grad, scale in zip(ctx.saved_tensors, scales, strict=True)]
+    scaled = [grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)]
+    return scaled[:n], scaled[n:]
 
-    @staticmethod
-    def forward(ctx, grad: Tensor, factor: Tensor) -> Tensor:
-        return grad.view_as(grad)
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "second-order derivatives of an ELLA penalty are not supported: its gradient is a closed form that "
-            "autograd does not record; use ella_kernels.reference for double backward on small layers"
-        )
+def _setup_context(ctx, inputs, output):
+    _, grads_A, grads_B = output
+    ctx.mark_non_differentiable(*grads_A, *grads_B)
+    _save(ctx, (*inputs[0], *inputs[1]), (*grads_A, *grads_B))
 
 
 def _backward(ctx, grad_values, _grads_A, _grads_B):
-    n = ctx.n_layers
-    result: list[Tensor | None] = [None] * (2 * n)
-    if grad_values is not None:
-        grads, factors = ctx.saved_tensors[: 2 * n], ctx.saved_tensors[2 * n :]
-        scaled = torch._foreach_mul(grads, [*grad_values.unbind(), *grad_values.unbind()])
-        for i, (grad, factor) in enumerate(zip(scaled, factors, strict=True)):
-            wanted = grad.to(factor.dtype)
-            result[i] = _FirstOrderOnly.apply(wanted, factor) if torch.is_grad_enabled() else wanted
-    return result[:n], result[n:], *([None] * n for _ in range(4)), None, None, None, None, None
+    grads_A, grads_B = _scaled_gradients(ctx, grad_values)
+    return grads_A, grads_B, *([None] * len(grads_A) for _ in range(4)), None, None, None, None, None
 
 
+# What a compiler differentiates; other callers take the Function below.
 penalty.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Penalty(torch.autograd.Function):
+    """The op with what its registration has no room for: forward mode, and refusals of what would be zero in silence.
+
+    The gradients are outputs like the values. Whoever differentiates them backwards, in whatever factor and by whatever
+    road, arrives here with a gradient of theirs.
+    """
+
+    @staticmethod
+    def forward(options: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = len(tensors) // 6
+        values, grads_A, grads_B = penalty(*(list(tensors[i * n : (i + 1) * n]) for i in range(6)), *options)
+        return values, *grads_A, *grads_B
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs[1 : len(output)], output[1:])
+        ctx.save_for_forward(*output[1:])
+        ctx.dtype, ctx.has_tangent = output[0].dtype, False
+
+    @staticmethod
+    def backward(ctx, grad_values: Tensor | None, *grads_of_grads: Tensor | None):
+        # A gradient of what has a tangent has one too.
+        if (ctx.has_tangent and has_tangents()) or any(grad is not None for grad in grads_of_grads):
+            raise RuntimeError(SECOND_ORDER)
+        grads_A, grads_B = _scaled_gradients(ctx, grad_values)
+        return None, *grads_A, *grads_B, *([None] * (4 * len(grads_A)))
+
+    @staticmethod
+    def jvp(ctx, _options, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(ctx.dtypes) // 2
+        if any(tangent is not None for tangent in tangents[2 * n :]):
+            raise ValueError("ella_kernels: past must not have a tangent, it is frozen; pass it detached")
+        ctx.has_tangent = True
+        shares = [
+            None if tangent is None else (grad.double() * tangent).sum()
+            for grad, tangent in zip(ctx.saved_tensors, tangents[: 2 * n], strict=True)
+        ]
+        zero = ctx.saved_tensors[0].new_zeros((), dtype=torch.float64)
+        values = [sum((share for share in shares[i::n] if share is not None), zero) for i in range(n)]
+        # Not the gradients' tangents: nobody comes by those, but autograd wants some.
+        return torch.stack(values).to(ctx.dtype), *map(torch.zeros_like, ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        raise RuntimeError("ella_kernels: a penalty cannot be vmapped; give all layers to one grouped call")
+
+
+def differentiable_penalty(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    row_energies: Sequence[Tensor],
+    col_energies: Sequence[Tensor],
+    *options,
+) -> Tensor:
+    """Values of :func:`penalty` that know their derivatives: ``options`` are its other arguments.
+
+    Raises:
+        RuntimeError: when differentiated twice.
+    """
+    if is_transformed() and is_forward_over():
+        raise RuntimeError(SECOND_ORDER)
+    return _Penalty.apply(options, *lora_As, *lora_Bs, *lefts, *rights, *row_energies, *col_energies)[0]
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward mode sees this call: a registered op they would differentiate to zero."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or has_tangents()
+
+
+def has_tangents() -> bool:
+    """Whether a level of forward mode is open, by ``torch.func.jvp`` or without it."""
+    return forward_ad._current_level >= 0
+
+
+def is_forward_over() -> bool:
+    """Whether ``torch.func`` takes tangents of a derivative that it takes inside."""
+    kinds = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    inner = kinds[kinds.index(TransformType.Jvp) + 1 :] if TransformType.Jvp in kinds else []
+    return TransformType.Grad in inner or TransformType.Jvp in inner
 
 
 @torch.library.custom_op("ella_kernels::add_penalty_grad_", mutates_args=("grads_A", "grads_B"))

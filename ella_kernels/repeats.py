@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .lowrank import LowRank
+from .ops import is_transformed
 from .prepared import Prepared
 
 __all__ = ["Choice", "Signature", "find", "is_intercepted", "remember", "signature"]
@@ -145,5 +146,5 @@ def remember(found: Signature, codes: list[int], backend: str, prepared: Prepare
 
 
 def is_intercepted() -> bool:
-    """Whether a dispatch mode or a function transform wants to see the operators of this call."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a dispatch mode, a function transform or forward mode wants to see the operators of this call."""
+    return torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
