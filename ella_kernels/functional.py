@@ -243,7 +243,7 @@ def _add_checked_grads_(
     if operands is None:
         return torch.zeros(0)
     _refuse_derivatives((*(t for column in operands[:6] for t in column), *grads_A, *grads_B, weight))
-    if not torch.compiler.is_compiling() and not repeats.is_intercepted():
+    if not _is_traced():
         read = zip(("lora_As", "lora_Bs", *["pasts"] * 4), operands[:6], strict=True)
         check_apart([("grads_A", grads_A, lora_As), ("grads_B", grads_B, lora_Bs)], list(read))
     backend = _resolve(backend, operands)
@@ -322,7 +322,7 @@ def _operands(lora_As, lora_Bs, pasts, scalings, algorithm: str) -> tuple | None
                 f"({lora_As[0].device}); found {a.device} and {b.device}"
             )
         if _is_converted([past], algorithm):
-            past = _even_split(past, where("past", i))
+            past = _even_split(past, where("past", i), a, b)
         _check_past(past, where("past", i), a, b, algorithm)
         checked.append(past)
         codes.append(ops.CODES.index(_choose(past, a, b, algorithm)))
@@ -376,19 +376,20 @@ def _check_past(past: Past, name: str, a: Tensor, b: Tensor, algorithm: str) -> 
 def _check_energy(name: str, energy: Tensor, size: int, like: Tensor) -> None:
     _floating(name, energy)
     _expect(name, energy, (size,), like)
-    # Where looking at values makes nobody wait, and where there are any.
-    may_look = like.device.type == "cpu" and not torch.compiler.is_compiling() and not repeats.is_intercepted()
-    if may_look and (energy < 0).any():
+    # Where looking at values makes nobody wait.
+    if like.device.type == "cpu" and not _is_traced() and (energy < 0).any():
         raise ValueError(f"{name} must not be negative, found {energy.min().item()}: it sums squares")
 
 
-def _even_split(past: Tensor, name: str) -> LowRank:
+def _even_split(past: Tensor, name: str, a: Tensor, b: Tensor) -> LowRank:
     from .lowrank import split_evenly
 
     _matrix(name, past)
-    _no_grad_past(name, past)
-    wide = past.to(torch.float64 if past.dtype == torch.float64 else torch.float32)
-    return split_evenly(*torch.linalg.svd(wide, full_matrices=False), min(past.shape), wide.dtype)
+    _expect(name, past, (b.shape[0], a.shape[1]), a)
+    if past.device.type != "meta" and not _is_traced() and not torch.isfinite(past).all():
+        raise ValueError(f"{name} must be finite to be decomposed, found nan or inf in it")
+    dtype = torch.float64 if torch.float64 in (past.dtype, a.dtype, b.dtype) else torch.float32
+    return split_evenly(*torch.linalg.svd(past.double(), full_matrices=False), min(past.shape), dtype)
 
 
 def _resolve(backend: str, operands: tuple) -> str:
@@ -401,6 +402,11 @@ def _resolve(backend: str, operands: tuple) -> str:
             if reason is not None:
                 raise ValueError(f"layer {i}: {reason}; use backend='auto' or 'torch'")
     return resolved
+
+
+def _is_traced() -> bool:
+    """Whether operands may be stand-ins, without values or addresses to look at."""
+    return torch.compiler.is_compiling() or repeats.is_intercepted()
 
 
 def _entries(name: str, given: Sequence, n: int | None = None) -> list:
@@ -443,10 +449,6 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> 
         raise ValueError(f"{name} must have shape {shape}, found {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} with the factors, found {tensor.device}")
-    _no_grad_past(name, tensor)
-
-
-def _no_grad_past(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad: the past is frozen; pass {name}.detach()")
 

@@ -40,7 +40,10 @@ class Layer(NamedTuple):
         # Asked several times per layer and step, so spelled out.
         if self.lora_A.dtype is wide or self.lora_B.dtype is wide or self.left.dtype is wide:
             return wide
-        return wide if self.right is not None and self.right.dtype is wide else torch.float32
+        for t in (self.right, self.row_energy, self.col_energy):
+            if t is not None and t.dtype is wide:
+                return wide
+        return torch.float32
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

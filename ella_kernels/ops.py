@@ -69,8 +69,14 @@ def prepare_group(
         )
         for i, code in enumerate(codes)
     ]
-    widest = next((t for t in (*lora_As, *lora_Bs) if t.dtype == torch.float64), lora_As[0])
-    return prepare(layers, widest, backend, precision)
+    like = _widest(lora_As, lora_Bs, (lefts, rights, row_energies, col_energies), codes)
+    return prepare(layers, like, backend, precision)
+
+
+def _widest(lora_As, lora_Bs, pasts: Sequence[Sequence[Tensor]], codes: Sequence[int]) -> Tensor:
+    """A float64 operand, if there is one: the values are then float64."""
+    read = (t for column in pasts for t, code in zip(column, codes, strict=True) if CODES[code] != ABSENT)
+    return next((t for t in (*lora_As, *lora_Bs, *read) if t.dtype == torch.float64), lora_As[0])
 
 
 @torch.library.custom_op("ella_kernels::penalty", mutates_args=())
@@ -109,9 +115,8 @@ def _grad_dtype(factor: Tensor) -> torch.dtype:
 def _(
     lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, with_grad, backend, precision
 ):  # fmt: skip
-    operands = (*lora_As, *lora_Bs, *(t for t, c in zip((*lefts, *rights), (*codes, *codes), strict=True) if c))
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
-    values = torch.empty(len(lora_As), dtype=dtype, device=lora_As[0].device)
+    like = _widest(lora_As, lora_Bs, (lefts, rights, row_energies, col_energies), codes)
+    values = torch.empty(len(lora_As), dtype=_grad_dtype(like), device=like.device)
     if not with_grad:
         return values, [], []
     return values, *(

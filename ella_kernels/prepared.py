@@ -64,11 +64,10 @@ def prepare(layers: Sequence[Layer | None], like: Tensor, backend: str, precisio
 
     Args:
         layers: checked; None marks a layer without a past.
-        like: a factor, of the widest dtype among them.
+        like: an operand of the widest dtype among them, which the values take, or float32.
         backend: "torch", "triton", or "auto": Triton wherever it has a kernel.
         precision: "auto", "ieee" or "tf32".
     """
-    wide = like.dtype == torch.float64 or any(layer and layer.dtype == torch.float64 for layer in layers)
     on_triton: dict[str, list[int]] = {}
     on_torch: dict[str, list[tuple[int, Layer]]] = {}
     for index, layer in enumerate(layers):
@@ -85,7 +84,7 @@ def prepare(layers: Sequence[Layer | None], like: Tensor, backend: str, precisio
     is_partial = sum(map(len, on_triton.values())) < len(layers)
     with without_autocast(like.device):
         prepared = [_on_triton(algorithm, layers, indices, precision) for algorithm, indices in on_triton.items()]
-    dtype = torch.float64 if wide else torch.float32
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return Prepared((len(layers),), dtype, like.device, is_partial, prepared, on_torch)
 
 
