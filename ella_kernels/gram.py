@@ -12,6 +12,9 @@ so with the pair products as rows, ``BB (P, out)``, ``LL (Q, out)``, ``AA (P, in
 
 and ``∂P/∂B_ia = 2 s² Σ_a' B_ia' Σ_q (AA·RRᵀ)_{aa',q} LL_qi``. Using pairs instead of all ``r·k`` products costs a
 quarter of the multiplications of the textbook form ``⟨XᵀX, YᵀY⟩`` and gives the same number.
+
+Factors, pasts and energies of odd sizes are divided by powers of two (:mod:`powers`). The inner products, ``P·Q``
+numbers, are multiplied back in float64, where they have room.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .grouped import Layer, deliver, run_batches, stack
+from .grouped import Layer, deliver, run_batches, shares, stack
+from .powers import narrowed, operand_units, over
 
 __all__ = ["hadamard_gram"]
 
@@ -81,16 +85,22 @@ class _Side:
     """Rows of B with L, or columns of A with R, of ``n`` layers: factors ``(n, r, c)``, pasts ``(n, k, c)``.
 
     Both sides of square layers make one ``_Side`` of ``2n``: half the operations to launch, twice the work in each.
+
+    Attributes:
+        unit, row_units: ``(n, 1)`` and ``(n, Q)``, what the factors and the rows of the past's pair products were
+            divided by; None if by 1.
     """
 
-    def __init__(self, name: str, work: _Workspace, factors, pasts, energies, dtype: torch.dtype, limit: int):
+    def __init__(self, name: str, work: _Workspace, factor, past, energy: Tensor | None, limit: int, units):
         self.name, self.work, self.limit = name, work, limit
-        self.factor = work.stack(name + " stacked factors", factors, dtype)
-        self.past = work.stack(name + " stacked pasts", pasts, dtype)
-        self.energy = None if energies is None else stack(energies, dtype)
-        self.n, self.r, self.width = self.factor.shape
-        self.k = self.past.shape[1]
-        self.q = _n_pairs(self.k) + (energies is not None)
+        self.factor, self.past, self.energy = factor, past, energy
+        self.n, self.r, self.width = factor.shape
+        self.k = past.shape[1]
+        self.q = _n_pairs(self.k) + (energy is not None)
+        self.unit = self.row_units = None
+        if units is not None:
+            self.unit, past_unit, *energy_unit = (own[:, None] for own in units)
+            self.row_units = torch.cat([past_unit.expand(-1, _n_pairs(self.k)), *energy_unit], 1).square()
         self.kept: tuple[slice, Tensor] | None = None
 
     def chunks(self, pairs: int) -> Iterator[slice]:
@@ -118,12 +128,13 @@ class _Side:
         return self.kept[1]
 
     def gram(self, diagonals: range) -> Tensor:
-        """``(n, pairs, Q)``: inner products of the factor's pairs with the past's."""
+        """``(n, pairs, Q)`` float64: inner products of the factor's pairs with the past's, of their own size."""
         pairs = sum(self.r - d for d in diagonals)
         total = self.factor.new_zeros((self.n, pairs, self.q))
         for c in self.chunks(pairs):
             total.baddbmm_(self._pair_products("factor", self.factor[:, :, c], diagonals), self.past_pairs(c).mT)
-        return total
+        wide = self.work.take(self.name + "gram", total.new_empty(0, dtype=torch.float64), *total.shape).copy_(total)
+        return wide if self.unit is None else wide.mul_((self.unit.square() * self.row_units)[:, None])
 
     def add_grad_(self, grad: Tensor, coefficients: Tensor, diagonals: range) -> None:
         """``grad[a] += Σ_a' (coefficients · past pairs)_{aa'} factor[a']`` for the pairs of ``diagonals``."""
@@ -153,19 +164,29 @@ def _layers_per_batch(layer: Layer) -> int:
 def _sides(group: list[Layer], work: _Workspace, dtype: torch.dtype) -> list[_Side]:
     """Rows and columns of ``group``: one side of both where a square layer's work is small, else two."""
     out, in_, r, k = group[0].sizes
-    factors = [layer.lora_B.mT for layer in group], [layer.lora_A for layer in group]
-    pasts = [layer.left.mT for layer in group], [layer.right for layer in group]
-    energies = [None, None]
+    sides = {
+        "rows": [[layer.lora_B.mT for layer in group], [layer.left.mT for layer in group]],
+        "cols": [[layer.lora_A for layer in group], [layer.right for layer in group]],
+    }
+    energies = []
     if group[0].row_energy is not None:
-        energies = [layer.row_energy for layer in group], [layer.col_energy for layer in group]
+        energies = [shares([layer.row_energy for layer in group]), stack([layer.col_energy for layer in group])]
     pairs = max(_n_pairs(r), _n_pairs(k) + 1)
     if out == in_ and 2 * len(group) * pairs * out <= min(2 * _WORK, out * in_ - 1):
-        both = None if energies[0] is None else [*energies[0], *energies[1]]
-        return [_Side("both", work, [*factors[0], *factors[1]], [*pasts[0], *pasts[1]], both, dtype, 2 * _WORK)]
+        sides = {"both": [rows + cols for rows, cols in zip(*sides.values(), strict=True)]}
+        energies = [torch.cat(energies)] if energies else []
+    stacked = [work.stack(f"{name} {i}", part, dtype) for name, parts in sides.items() for i, part in enumerate(parts)]
+    units = operand_units(stacked, energies)
+    if units is not None:
+        stacked = [over(t, unit, dtype) for t, unit in zip(stacked, units, strict=False)]
+        energies = [over(t, unit.square(), dtype) for t, unit in zip(energies, units[len(stacked) :], strict=True)]
     return [
-        _Side(name, work, *parts, dtype, _WORK)
-        for name, *parts in zip(("rows", "cols"), factors, pasts, energies, strict=True)
-    ]
+        _Side(
+            name, work, *stacked[2 * i : 2 * i + 2], energies[i].to(dtype) if energies else None,
+            2 * _WORK // len(sides), units and [*units[2 * i : 2 * i + 2], *units[len(stacked) + i :][:1]],
+        )
+        for i, name in enumerate(sides)
+    ]  # fmt: skip
 
 
 def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list[Tensor]:
@@ -189,39 +210,44 @@ def _batch(group: list[Layer], weight: Tensor | float, work: _Workspace, dtype: 
     first, n = group[0], len(group)
     sides = _sides(group, work, dtype)
     r, k, like = sides[0].r, sides[0].k, sides[0].factor
-    # Scaling in float64: s² alone may leave fp32's range, and the tensor is tiny.
-    scale = torch.tensor([layer.scaling**2 for layer in group], dtype=torch.float64).to(like.device)
-    past_weight = _multiplicity(k, range(k), like).expand(n, -1)  # [n, Q]
+    scaling = torch.tensor([layer.scaling for layer in group], dtype=torch.float64).to(like.device)
+    past_weight = _multiplicity(k, range(k), scaling)  # [Q]
     if first.row_energy is not None:
-        total = sides[0].energy[:n].sum(1, keepdim=True)
-        past_weight = torch.cat([past_weight, torch.where(total == 0, total, 1 / total)], 1)
+        past_weight = torch.cat([past_weight, past_weight.new_ones(1)])
 
     values, magnitude = torch.zeros(2, n, dtype=torch.float64, device=like.device)
     with_grad = first.grad_A is not None
     if with_grad:
         grads = [work.take(side.name + "grad", side.factor, *side.factor.shape).zero_() for side in sides]
-        grad_scale = (2 * scale * weight).to(dtype)[:, None, None]
+        grad_scale, spare = (2 * scaling * scaling * weight).repeat(2)[:, None, None], None
+        if sides[0].unit is not None:
+            # [2n, 1, Q]: by the rows that the coefficients multiply, and the factors.
+            grad_scale = grad_scale * torch.cat([side.unit * side.row_units for side in sides])[:, None]
     for diagonals in _diagonal_blocks(r, sides[0].q):
         grams = [side.gram(diagonals) for side in sides]
         of_rows, of_cols = grams if len(sides) == 2 else grams[0].split(n)  # [n, P, Q] each
-        omega = _multiplicity(r, diagonals, like)[:, None]
-        weighted = of_cols * past_weight[:, None, :]
-        products = (weighted * omega).double() * of_rows.double()
-        values += products.sum((1, 2))
-        magnitude += products.abs_().sum((1, 2))
+        omega = _multiplicity(r, diagonals, scaling)[:, None]
+        weighted = of_cols.mul_(past_weight)
         if with_grad:
             # The gradient of one side has the other side's Gram matrix as its coefficients.
-            coefficients = [weighted.mul_(grad_scale), of_rows * past_weight[:, None, :] * grad_scale]
-            if len(sides) == 1:
-                coefficients = [torch.cat(coefficients)]
-            for side, grad, of_other in zip(sides, grads, coefficients, strict=True):
+            coefficients = work.take("coefficients", scaling, 2 * n, *weighted.shape[1:])
+            torch.mul(weighted, grad_scale[:n], out=coefficients[:n])
+            torch.mul(of_rows, past_weight * grad_scale[n:], out=coefficients[n:])
+            # No inner product is larger than the largest of the squares, which the first diagonal has.
+            coefficients, spare = narrowed(coefficients, dtype, spare, is_first=0 in diagonals)
+            for side, grad, of_other in zip(sides, grads, coefficients.split(2 * n // len(sides)), strict=True):
                 side.add_grad_(grad, of_other, diagonals)
-    values = values * scale
-    again = _cancelled(values, magnitude * scale, dtype)
+        products = weighted.mul_(omega).mul_(of_rows)
+        values += products.sum((1, 2))
+        magnitude += products.abs_().sum((1, 2))
+    values = values * scaling * scaling
+    again = _cancelled(values, magnitude * scaling * scaling, dtype)
     if again:
         values[again] = _batch([group[i] for i in again], weight, work, torch.float64)
     kept = [i for i in range(n) if i not in again]
     if with_grad and kept:
+        if spare is not None:
+            grads = [grad * own[:, None, None] for grad, own in zip(grads, spare.split(len(grads[0])), strict=True)]
         grad_rows, grad_cols = (grad.unbind() for grad in (grads if len(sides) == 2 else grads[0].split(n)))
         deliver([group[i].grad_B.mT for i in kept], [grad_rows[i] for i in kept])
         deliver([group[i].grad_A for i in kept], [grad_cols[i] for i in kept])

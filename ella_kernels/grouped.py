@@ -76,11 +76,21 @@ def run_batches(
     return [values[i] for i in range(len(layers))]
 
 
-def stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def stack(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
     """``(n, …)`` in ``dtype``, contiguous; a single tensor that fits is viewed, not copied."""
     if len(tensors) == 1:
         return tensors[0].to(dtype).contiguous().unsqueeze(0)
     return torch.stack([t.to(dtype) for t in tensors])
+
+
+def shares(energies: Sequence[Tensor]) -> Tensor:
+    """Row energies ``ρ`` over their sum ``τ``, ``(n, out)`` float64; all zero where nothing was dropped.
+
+    Whatever the size of the energies, these are at most 1, where ``1/τ`` may have no number.
+    """
+    rows = stack(energies)
+    total = rows.sum(1, keepdim=True)
+    return torch.where(total == 0, 0, rows / total)
 
 
 def weight_on(device: torch.device, weight: Tensor | float) -> Tensor | float:
@@ -100,11 +110,9 @@ def weight_on(device: torch.device, weight: Tensor | float) -> Tensor | float:
 
 
 def deliver(targets: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Add each gradient to its target, casting to the target's dtype after the (fp32) sum is formed."""
-    same = [target.dtype == grad.dtype for target, grad in zip(targets, grads, strict=True)]
-    if all(same):
+    """Add each gradient, float32 or float64, to its target; the sum is formed in the wider dtype and rounded once."""
+    if len(set(map(Tensor.data_ptr, targets))) == len(targets):
         torch._foreach_add_(list(targets), list(grads))
         return
     for target, grad in zip(targets, grads, strict=True):
-        # One rounding, not two: bf16 + bf16(fp32) would round the addend first.
-        target.copy_(target.to(grad.dtype).add_(grad))
+        target.add_(grad)

@@ -53,7 +53,9 @@ class Prepared(NamedTuple):
             for prepared in self.on_triton:
                 prepared.run(weight, values, moved_by)
             for algorithm, placed in self.on_torch.items():
-                found = _torch_path(algorithm)([layer for _, layer in placed], weight_on(self.device, weight))
+                wide = weight_on(self.device, weight)
+                wide = wide.double() if isinstance(wide, Tensor) else wide
+                found = _torch_path(algorithm)([layer for _, layer in placed], wide)
                 for (index, _), value in zip(placed, found, strict=True):
                     values[index] = value
         return values

@@ -25,9 +25,9 @@ def past_squared(past: LowRank | Tensor) -> Tensor:
     squared = (past.left @ past.right).square()
     if past.row_energy is not None and past.col_energy is not None:
         total = past.row_energy.sum()
-        # Nothing dropped: τ = 0 and the whole term is zero, not 0/0.
-        share = torch.where(total == 0, torch.zeros_like(total), 1 / total)
-        squared = squared + share * torch.outer(past.row_energy, past.col_energy)
+        # Nothing dropped: τ = 0 and the whole term is zero, not 0/0. A small τ has no inverse, but ρ/τ is at most 1.
+        share = torch.where(total == 0, 0, past.row_energy / total)
+        squared = squared + torch.outer(share, past.col_energy)
     return squared
 
 

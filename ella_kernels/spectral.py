@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .grouped import Layer, deliver, run_batches, stack
+from .powers import narrowed
 
 __all__ = ["spectral"]
 
@@ -32,16 +33,19 @@ def _batch(group: list[Layer], weight: Tensor | float) -> Tensor:
     a, b, left, right = (
         stack([getattr(layer, name) for layer in group], dtype) for name in ("lora_A", "lora_B", "left", "right")
     )
-    scale = torch.tensor([layer.scaling**2 for layer in group], dtype=torch.float64).to(a.device)
+    scaling = torch.tensor([layer.scaling for layer in group], dtype=torch.float64).to(a.device)
     # The long sums in float64: nearly orthogonal factors cancel there, and nowhere else.
     rows = left.double().mT @ b.double()  # [n, k, r]
     cols = a.double() @ right.double().mT  # [n, r, k]
-    projected = rows @ cols  # [n, k, k]
-    values = projected.square().sum((1, 2)) * scale
+    projected = rows @ cols * scaling[:, None, None]  # [n, k, k]
+    values = projected.square().sum((1, 2))
     if group[0].grad_A is not None:
-        factor = (2 * scale * weight)[:, None, None]
-        grad_b = left @ (projected @ cols.mT * factor).to(dtype)
-        grad_a = (rows.mT @ projected * factor).to(dtype) @ right
-        deliver([layer.grad_B for layer in group], grad_b.unbind())
-        deliver([layer.grad_A for layer in group], grad_a.unbind())
+        factor = (2 * scaling * weight)[:, None, None]
+        of_rows, spare_rows = narrowed(projected @ cols.mT * factor, dtype)
+        of_cols, spare_cols = narrowed(rows.mT @ projected * factor, dtype)
+        for targets, grads, spare in (
+            ([layer.grad_B for layer in group], left @ of_rows, spare_rows),
+            ([layer.grad_A for layer in group], of_cols @ right, spare_cols),
+        ):
+            deliver(targets, (grads if spare is None else grads * spare[:, None, None]).unbind())
     return values.to(dtype)

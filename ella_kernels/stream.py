@@ -7,11 +7,13 @@ One pass gives the value and both gradients; nothing of more than a tile is kept
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .grouped import Layer, deliver
+from .grouped import Layer, deliver, shares, stack
+from .powers import operand_units, over
 
 __all__ = ["hadamard_stream"]
 
@@ -36,37 +38,81 @@ def hadamard_stream(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> li
     return [_layer(layer, weight) for layer in layers]
 
 
+class _Operands(NamedTuple):
+    """What tiles are made of, and the powers of two it was divided by.
+
+    Attributes:
+        right: None where ``left`` is the past: its tiles are still to be divided by ``tile_unit``.
+        shares, cols: energies, or None.
+        unit_past: of the past; its square is that of the energies' product.
+    """
+
+    a: Tensor
+    b: Tensor
+    left: Tensor
+    right: Tensor | None
+    shares: Tensor | None
+    cols: Tensor | None
+    unit_a: Tensor | float = 1.0
+    unit_b: Tensor | float = 1.0
+    unit_past: Tensor | float = 1.0
+    tile_unit: Tensor | float = 1.0
+
+
 def _layer(layer: Layer, weight: Tensor | float) -> Tensor:
     dtype, s = layer.dtype, layer.scaling
-    a, b = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
-    left, right = layer.left, layer.right
-    if right is not None:
-        left, right = left.to(dtype), right.to(dtype)
-        if layer.algorithm == "dense":
-            left, right = left @ right, None
-    row_energy = col_energy = None
-    if layer.row_energy is not None:
-        row_energy, col_energy = layer.row_energy.to(dtype), layer.col_energy.to(dtype)
-        total = row_energy.sum()
-        row_energy = row_energy * torch.where(total == 0, total, 1 / total)
-
+    given = _operands(layer)
+    a, b, left, right = given[:4]
     value = torch.zeros((), dtype=torch.float64, device=a.device)
     with_grad = layer.grad_A is not None
     if with_grad:
         grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
     for i, j in _tiles(b.shape[0], a.shape[1]):
         delta = b[i] @ a[:, j]
-        past = left[i, j].to(dtype) if right is None else left[i] @ right[:, j]
-        squared = past * past if right is None else past.square_()
-        if row_energy is not None:
-            squared.addcmul_(row_energy[i, None], col_energy[None, j])
+        past = left[i, j].to(dtype) / given.tile_unit if right is None else left[i] @ right[:, j]
+        squared = past.square_()
+        if given.shares is not None:
+            squared.addcmul_(given.shares[i, None], given.cols[None, j])
         h = squared.mul_(delta)  # ΔW ⊙ W ⊙ W
         value += torch.dot(h.flatten(), delta.flatten())
         if with_grad:
             grad_b[i].addmm_(h, a[:, j].mT)
             grad_a[:, j].addmm_(b[i].mT, h)
+    unit = given.unit_a * given.unit_b * given.unit_past * s
     if with_grad:
-        factor = (2 * s**2) * (weight.double() if isinstance(weight, Tensor) else weight)
-        deliver([layer.grad_B], [grad_b * factor])
-        deliver([layer.grad_A], [grad_a * factor])
-    return (value * s**2).to(dtype)
+        scale = 2 * unit * given.unit_past * s * weight
+        deliver([layer.grad_B], [grad_b.double() * (given.unit_a * scale)])
+        deliver([layer.grad_A], [grad_a.double() * (given.unit_b * scale)])
+    return (value * unit * unit).to(dtype)
+
+
+def _operands(layer: Layer) -> _Operands:
+    dtype, is_stored = layer.dtype, layer.right is None
+    past = [layer.left[None]] if is_stored else [layer.left.to(dtype)[None], layer.right.to(dtype)[None]]
+    matrices = [layer.lora_A.to(dtype)[None], layer.lora_B.to(dtype)[None], *past]
+    energies = [] if layer.row_energy is None else [shares([layer.row_energy]), stack([layer.col_energy])]
+    units = operand_units(matrices, energies)
+    own = ()
+    if units is not None:
+        unit_a, unit_b, *units_past = (unit[0] for unit in units[: len(matrices)])
+        unit_past = unit_left = units_past[0]
+        if not is_stored:
+            unit_past = unit_past * units_past[1]
+        if energies:
+            # Squares and energies are added up: the larger ones decide.
+            unit_energy = (units[-2] * units[-1])[0]
+            common = torch.maximum(unit_past, unit_energy)
+            energies = [
+                over(t, unit.square() * (common / unit_energy), dtype)
+                for t, unit in zip(energies, units[-2:], strict=True)
+            ]
+            unit_left, unit_past = unit_left * (common / unit_past), common
+        matrices[:2] = [over(matrices[0], unit_a, dtype), over(matrices[1], unit_b, dtype)]
+        if not is_stored:
+            matrices[2:] = [over(matrices[2], unit_left, dtype), over(matrices[3], units_past[1], dtype)]
+        own = unit_a, unit_b, unit_past, unit_past if is_stored else 1.0
+    a, b, left, *right = (t[0] for t in matrices)
+    if layer.algorithm == "dense" and not is_stored:
+        left, right = left @ right[0], []
+    rows, cols = (t[0].to(dtype) for t in energies) if energies else (None, None)
+    return _Operands(a, b, left, right[0] if right else None, rows, cols, *own)
