@@ -56,6 +56,17 @@ class StoredLayer:
     def rank(self) -> int:
         return self.parts[0].right.shape[0]
 
+    def factors(self, rank: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """``(R (rank, in), L (out, rank))`` per part, with zeros behind what is stored."""
+        more = 0 if rank is None else rank - self.rank
+        return [
+            (
+                torch.cat([part.right, part.right.new_zeros(more, part.right.shape[1])]),
+                torch.cat([part.left, part.left.new_zeros(part.left.shape[0], more)], 1),
+            )
+            for part in self.parts
+        ]
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, parts stacked in front: ``left (n, out, k)`` and so on."""
         found = {

@@ -24,7 +24,7 @@ from .lora import AdaptedLayer, join_parts
 from .past import Past, described, fold_layer
 
 __all__ = [
-    "VLLM_RANKS", "ExportReport", "export_live", "factor_tensors", "fold_for_export", "new_folder", "padded",
+    "VLLM_RANKS", "ExportReport", "export_live", "factor_tensors", "fold_for_export", "new_folder",
     "write_adapter",
 ]  # fmt: skip
 
@@ -60,24 +60,12 @@ class ExportReport:
         return f"rank {self.rank}, relative error {self.max_relative_error:.1e}; {served}"
 
 
-def padded(stored: StoredLayer, rank: int) -> list[tuple[Tensor, Tensor]]:
-    """``(A (rank, in), B (out, rank))`` per part, zeros behind what is stored."""
-    more = rank - stored.rank
-    return [
-        (
-            torch.cat([part.right, part.right.new_zeros(more, part.right.shape[1])]).float(),
-            torch.cat([part.left, part.left.new_zeros(part.left.shape[0], more)], 1).float(),
-        )
-        for part in stored.parts
-    ]
-
-
 def factor_tensors(
     parts: list[tuple[Tensor, Tensor]], keys: tuple[str, str], tails: tuple, bias: Tensor | None
 ) -> dict[str, Tensor]:
     """One layer's tensors under the names of a saved adapter."""
     a, b = join_parts(parts, *tails)
-    found = {keys[0]: a, keys[1]: b}
+    found = {keys[0]: a.float(), keys[1]: b.float()}
     if bias is not None:
         found[keys[1].removesuffix("weight") + "bias"] = bias.float()
     return found
@@ -96,7 +84,7 @@ def export_live(
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
     for layer in layers:
         kept = stored[layer.name]
-        tensors |= factor_tensors(padded(kept, report.rank), layer.keys(), layer.tails, kept.bias)
+        tensors |= factor_tensors(kept.factors(report.rank), layer.keys(), layer.tails, kept.bias)
     ranks = peft_ranks(layers, dict.fromkeys(stored, report.rank))
     config = plain_config(trained, ranks, left_out_ranks(model, layers, adapter))
     write_adapter(out, config, tensors)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from .merging import shared_weights
 from .past import Past
 
 __all__ = [
-    "EllaLoraConfig", "Marker", "add_trained_adapter", "install", "knowledge_config", "left_out_ranks", "move_adapter",
+    "EllaLoraConfig", "Marker", "add_trained_adapter", "install", "left_out_ranks", "move_adapter",
     "parameters_of", "past_of", "peft_ranks", "plain_config", "remove", "trained_adapter",
 ]  # fmt: skip
 
@@ -168,9 +169,10 @@ def install(
     """
     layers, knowledge = list(layers), past.adapter
     merges = _merges(model, layers)
+    ranks = peft_ranks(layers, {name: layer.rank for name, layer in stored.items()})
     for layer in layers:
         kept = stored[layer.name]
-        layer.write(knowledge, [(part.right, part.left) for part in kept.parts], kept.bias)
+        layer.write(knowledge, kept.factors(), kept.bias)
         act_together(
             layer.module,
             knowledge,
@@ -188,7 +190,8 @@ def install(
             _copy_adapter(module, TASK, knowledge)
         act_together(module, knowledge, in_base=False, forwarded=True, folded=False)
     left_out = left_out_ranks(model, layers, TASK)
-    config = EllaLoraConfig.of(knowledge_config(model.peft_config[TASK], layers, stored, past, left_out), past)
+    marker = Marker.about(model.peft_config[TASK], past.tasks, stored, past.config["keep_past"])
+    config = EllaLoraConfig.of(plain_config(model.peft_config[TASK], ranks, left_out, marker), past)
     if in_base:
         config.without_effect(but=map(_pattern, left_out))
     model.peft_config[knowledge] = config
@@ -324,19 +327,6 @@ def remove(model: PeftModel) -> None:
         release(module)
 
 
-def knowledge_config(
-    trained: LoraConfig,
-    layers: Iterable[AdaptedLayer],
-    stored: Mapping[str, StoredLayer],
-    past: Past,
-    left_out: Mapping[str, tuple[int, float]] = {},
-) -> LoraConfig:
-    """The knowledge adapter's configuration: the trained one's layers, plain LoRA, scaling 1, each layer's rank."""
-    ranks = peft_ranks(layers, {name: layer.rank for name, layer in stored.items()})
-    marker = Marker.about(trained, past.tasks, stored, past.config["keep_past"])
-    return plain_config(trained, ranks, left_out, marker)
-
-
 def plain_config(
     trained: LoraConfig,
     ranks: Mapping[str, int],
@@ -371,16 +361,16 @@ def _pattern(path: str) -> str:
 
 
 def peft_ranks(layers: Iterable[AdaptedLayer], by_name: Mapping[str, int]) -> dict[str, int]:
-    """Ranks by the module path that PEFT matches: an expert wrapper's module, an attention module as a whole."""
-    ranks = {}
-    for layer in layers:
-        name = layer.name
-        if isinstance(layer, ExpertsLayer):
-            name = name.removesuffix(f".{layer.module.parameter_name}")
-        elif isinstance(layer, AttentionLayer) and name.endswith(".out_proj") and name.rpartition(".")[0] in ranks:
-            continue  # takes the rank of the attention it is inside of
-        ranks[name] = by_name[layer.name]
-    return ranks
+    """Ranks by the name that PEFT matches patterns with, modules before parameters.
+
+    An attention's output projection takes the rank of the attention it is inside of.
+    """
+    layers = sorted(layers, key=lambda layer: isinstance(layer, ExpertsLayer))
+    return {layer.name: by_name[layer.name] for layer in layers if not _is_inside_attention(layer)}
+
+
+def _is_inside_attention(layer: AdaptedLayer) -> bool:
+    return isinstance(layer, AttentionLayer) and not isinstance(layer.module, MultiheadAttention)
 
 
 def parameters_of(layers: Iterable[AdaptedLayer], adapter: str) -> list[Tensor]:

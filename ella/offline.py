@@ -18,7 +18,7 @@ from torch import Tensor
 from .acting import TASK
 from .checkpoint import PastState, StoredLayer, load_past
 from .config import EllaConfig
-from .export import ExportReport, factor_tensors, fold_for_export, new_folder, padded, write_adapter
+from .export import ExportReport, factor_tensors, fold_for_export, new_folder, write_adapter
 from .knowledge import Marker, plain_config
 from .lora import STATE_PREFIX, split_parts, unsupported_config
 from .past import FoldReport, described, fold_layer
@@ -137,7 +137,7 @@ def export_state(directory: str | Path, out_dir: str | Path, rank: int | None = 
     tensors = dict(others)
     for name, layer in stored.items():
         held = peft["layers"][name]
-        tensors |= factor_tensors(padded(layer, report.rank), held["keys"], held["tails"], layer.bias)
+        tensors |= factor_tensors(layer.factors(report.rank), held["keys"], held["tails"], layer.bias)
     ranks = dict.fromkeys((name for name in stored if not _is_nested(peft["layers"][name]["keys"])), report.rank)
     write_adapter(out, plain_config(trained, ranks), tensors)
     return report
@@ -243,5 +243,5 @@ def _write_peft(out: Path, like: _SavedAdapter, state: PastState, others: dict[s
     tensors = dict(others)
     for name, layer in stored.items():
         saved = like.layers[name]
-        tensors |= factor_tensors(padded(layer, layer.rank), saved.keys, saved.tails, layer.bias)
+        tensors |= factor_tensors(layer.factors(), saved.keys, saved.tails, layer.bias)
     write_adapter(out, plain_config(like.config, ranks, {}, marker), tensors, state)

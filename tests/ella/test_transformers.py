@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5Model
 
@@ -13,10 +13,11 @@ from tests.ella.models import add_deltas, deltas, randomise
 from tests.kernels.cases import relative_error
 
 
-def qwen_moe():
+def qwen_moe(**options):
+    settings = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8, num_attention_heads=4,
+        num_key_value_heads=2, **settings | options,
     )  # fmt: skip
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]  # two parameters of one module: nested wrappers
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], target_parameters=experts)
@@ -61,3 +62,30 @@ def test_fold_penalty_and_training_step(build):
     (model(**labels).loss + reg.penalty()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     assert not any(p.grad is not None for name, p in model.named_parameters() if ".default" in name)
+
+
+def test_experts_whose_ranks_reach_their_caps_at_different_tasks(tmp_path):
+    """down_proj is narrower than gate_up_proj, but PEFT knows one rank for both parameters of a module."""
+    base, lora, batch = qwen_moe(moe_intermediate_size=4)
+    lora.r = 3
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, lora).eval()
+    reg = EllaRegularizer(model, EllaConfig(ella_lambda=1.0))
+    total = {}
+    for task in range(3):
+        randomise(model, task)
+        total = add_deltas(total, deltas(reg))
+        before = model(**batch).logits.detach()
+        reg.end_task(f"task {task}")
+        assert relative_error(model(**batch).logits.detach(), before) < 1e-6
+        model.save_pretrained(tmp_path / str(task))
+        plain, _, _ = qwen_moe(moe_intermediate_size=4)
+        plain.load_state_dict(state)
+        loaded = PeftModel.from_pretrained(plain, tmp_path / str(task), is_trainable=True).eval()
+        assert relative_error(loaded(**batch).logits.detach(), before) < 1e-6
+        again = EllaRegularizer(loaded, reg.config)
+        randomise(loaded, 9)
+        new = deltas(again)
+        for name, value in again.values().items():
+            want = sum((d * w).square().sum() for d, w in zip(new[name], total[name], strict=True))
+            assert abs(value / want - 1) < 1e-5
