@@ -23,7 +23,7 @@ bench: $(VENV)/.installed-bench
 bench-full: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --full $(ARGS)
 
-# README.md's performance section from bench/results/.
+# The generated tables of README.md and docs/ from bench/results/.
 bench-readme: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.readme
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from .tables import table
 
-__all__ = ["END", "REPORTS", "START", "section"]
+__all__ = ["REPORTS", "section"]
 
-START, END = "<!-- continual:start -->", "<!-- continual:end -->"
 #: Heading and committed report.json of every demo that the README shows.
 REPORTS = (
     ("CL_Benchmark: dbpedia, amazon, agnews, MNLI, 1000 training examples each", "continual_benchmark.json"),

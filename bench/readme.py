@@ -1,4 +1,4 @@
-"""The README's generated sections, from committed results: ``python -m bench.readme [--check]``.
+"""The generated sections of README.md and docs/, from committed results: ``python -m bench.readme [--check]``.
 
 CPU numbers from ``bench/results/cpu.json`` (``make bench`` writes it to bench_out), GPU numbers from the newest
 ``bench/results/gpu_*.json``. Nothing is typed by hand between the markers; a test fails when they differ.
@@ -7,7 +7,7 @@ CPU numbers from ``bench/results/cpu.json`` (``make bench`` writes it to bench_o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ella.atomic import write_text_atomically
@@ -17,14 +17,22 @@ from .headline import MARKS, MODES, best_row
 from .providers import BASELINE
 from .tables import bytes_text, load, machine_text, ratio_text, seconds_text, table
 
-__all__ = ["END", "START", "main", "refreshed", "replace_section", "section"]
+__all__ = ["DOCUMENTS", "main", "refreshed", "replace_section", "section", "summary"]
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 RESULTS = Path(__file__).with_name("results")
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 AUTO = "ours auto, torch"
 # Ways shown for a training step; report.md has all of them.
 STEP_WAYS = ("no penalty", BASELINE, "dense compiled", "ours added to .grad")
+# The README's rows: far ahead, short of its aim, where the dense form does not fit, even, and behind.
+SUMMARY = (
+    ("layer", "LLaMA-3.1-8B q 4096x4096 r8 k8", "in-place"),
+    ("model", "T5-large, q and v (144 layers) r8 k8", "in-place"),
+    ("model", "LLaMA-3.1-8B, q and v (64 layers) r8 k8", "in-place"),
+    ("model", "LLaMA-3.1-70B, q and v (160 layers) r8 k8", "in-place"),
+    ("layer", "LLaMA-3.1-8B q 4096x4096 r64 k512", "both"),
+    ("layer", "MiniLM-L6 q 384x384 r8 k8", "both"),
+)
 # Cases of bench_past by the end of their names, and where the past is kept; report.md has all of them.
 WHOLE_STEP = (
     (" q,v, fp32, r8 k120", "adapter"),
@@ -41,8 +49,51 @@ WHOLE_TITLE = (
 )
 
 
+def summary(cpu: dict | None, gpu: dict | None) -> str:
+    """The README's few rows, from results or from None where there are none yet; :func:`section` has the others."""
+    lines = []
+    rows = list(_summary(cpu["rows"])) if cpu else []
+    if rows:
+        header = ("value and gradients", BASELINE, "ours", "ratio (p20 … p80)", "error", "past, dense", "past, ours")
+        machine = cpu["machine"]
+        lines += [
+            f"`make bench` on {machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
+            f"torch {machine['torch']}, {machine['precision']}, commit {machine['commit']}, {machine['date']}:",
+            "",
+            *table(header, rows),
+            "",
+        ]
+    else:
+        lines += ["**CPU**: not measured yet.", ""]
+    if gpu is None:
+        lines += ["**GPU**: not measured yet (`python -m bench.gpu_check` on a machine that has one)."]
+    else:
+        lines += [f"**GPU**: {_gpu_machine(gpu['machine'])}: docs/benchmarks.md."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary(rows: Sequence[dict]) -> Iterator[Sequence[str]]:
+    for bench, case, mode in SUMMARY:
+        base, ours = (_one(rows, bench=bench, case=case, mode=mode, provider=name) for name in (BASELINE, AUTO))
+        if ours is None or ours["median"] is None:
+            continue
+        is_run = base is not None and base["median"] is not None
+        dense = _time(base) if is_run else "not run" if base is None else f"not run: {base['reason']}"
+        past = bytes_text(base["held_bytes"] if is_run else None)
+        way = "added in place" if mode == "in-place" else "through autograd"
+        yield (
+            f"{case}, {way}",
+            dense,
+            _time(ours),
+            _ratio(ours),
+            f"{ours['error']:.0e}",
+            past,
+            bytes_text(ours["held_bytes"]),
+        )
+
+
 def section(cpu: dict | None, gpu: dict | None, past: dict | None = None) -> str:
-    """The text between the markers, from results or from None where there are none yet.
+    """Every table of docs/benchmarks.md, from results or from None where there are none yet.
 
     ``past``: results of ``bench_past.py`` alone, with a machine and commit of their own.
     """
@@ -223,11 +274,15 @@ def _gpu(rows: Sequence[dict]) -> list[str]:
     return table(("case", "way", "median", "ratio", "error", "peak"), lines)
 
 
-def replace_section(readme: str, text: str, start: str = START, end: str = END) -> str:
-    """``readme`` with ``text`` between the markers; ValueError unless each marker stands there once, in order."""
-    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
-        raise ValueError(f"README.md must hold {start} and, after it, {end} exactly once")
-    head, rest = readme.split(start)
+def replace_section(document: str, name: str, text: str) -> str:
+    """``document`` with ``text`` between the markers of ``name``.
+
+    Raises ValueError unless each marker stands there once, in order.
+    """
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if document.count(start) != 1 or document.count(end) != 1 or document.index(start) > document.index(end):
+        raise ValueError(f"the document must hold {start} and, after it, {end} exactly once")
+    head, rest = document.split(start)
     return f"{head}{start}\n{text}{end}{rest.split(end)[1]}"
 
 
@@ -238,11 +293,32 @@ def kernel_resources() -> str:
     return "\n".join([head, rule, *shown]) + "\n"
 
 
-def refreshed(readme: str) -> str:
-    """``readme`` with every generated section made anew from the committed results."""
-    readme = replace_section(readme, section(*committed()))
-    readme = replace_section(readme, kernel_resources(), *(f"<!-- resources:{end} -->" for end in ("start", "end")))
-    return replace_section(readme, continual.section(RESULTS), continual.START, continual.END)
+def committed_summary() -> str:
+    return summary(*committed()[:2])
+
+
+def committed_section() -> str:
+    return section(*committed())
+
+
+def committed_forgetting() -> str:
+    return continual.section(RESULTS)
+
+
+# What is generated, by document and by the name of its markers.
+DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"summary": committed_summary, "continual": committed_forgetting},
+    ROOT / "docs" / "benchmarks.md": {"bench": committed_section},
+    ROOT / "docs" / "kernels.md": {"resources": kernel_resources},
+}
+
+
+def refreshed(path: Path) -> str:
+    """The document at ``path`` with every generated section made anew from the committed results."""
+    text = path.read_text(encoding="utf-8")
+    for name, make in DOCUMENTS[path].items():
+        text = replace_section(text, name, make())
+    return text
 
 
 def committed() -> tuple[dict | None, dict | None, dict | None]:
@@ -254,13 +330,15 @@ def committed() -> tuple[dict | None, dict | None, dict | None]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    old = README.read_text(encoding="utf-8")
-    new = refreshed(old)
+    found = {path: refreshed(path) for path in DOCUMENTS}
+    changed = {path: text for path, text in found.items() if text != path.read_text(encoding="utf-8")}
     if "--check" in arguments:
-        print("README.md agrees with bench/results" if old == new else "README.md differs; run: make bench-readme")
-        return int(old != new)
-    if old != new:
-        write_text_atomically(README, new)
+        for path in found:
+            name = path.relative_to(ROOT)
+            print(f"{name} differs; run: make bench-readme" if path in changed else f"{name} agrees with bench/results")
+        return int(bool(changed))
+    for path, text in changed.items():
+        write_text_atomically(path, text)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""The README's performance section is what the committed results say, and nothing else."""
+"""The generated sections of README.md and docs/ are what the committed results say, and nothing else."""
 
 import pytest
 
 from bench.headline import MARKS, best_row, lines
-from bench.readme import END, README, START, refreshed, replace_section, section
+from bench.readme import DOCUMENTS, SUMMARY, committed, main, refreshed, replace_section, section, summary
 from bench.rows import Row
 
 from .test_compare import results
@@ -15,9 +15,29 @@ def layer(provider: str, ratio: float | None, mode: str = "both", **changes) -> 
     return Row("layer", MARKS[0].case, mode, provider, **fields)
 
 
-def test_readme_and_committed_results_agree():
-    text = README.read_text(encoding="utf-8")
-    assert refreshed(text) == text, "run `make bench-readme`"
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_and_committed_results_agree(path):
+    assert refreshed(path) == path.read_text(encoding="utf-8"), "run `make bench-readme`"
+
+
+def test_check_names_every_document(capsys):
+    assert main(["--check"]) == 0
+    assert capsys.readouterr().out.count("agrees with bench/results") == len(DOCUMENTS) == 3
+
+
+def test_the_summary_has_six_rows_at_most_and_a_losing_one_among_them():
+    text = summary(committed()[0], None)
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(SUMMARY) <= 6
+    assert any("| 0." in row for row in rows) and any("not run: would need" in row for row in rows)
+    assert "make bench" in text and committed()[0]["machine"]["name"] in text
+
+
+def test_the_summary_follows_its_results():
+    base, ours = layer("dense eager", 1.0, "in-place"), layer("ours auto, torch", 120.0, "in-place")
+    assert "120× (120× … 120×)" in summary(results(base, ours), None)
+    assert "121×" in summary(results(base, layer("ours auto, torch", 121.0, "in-place")), None)
+    assert summary(None, None).count("not measured yet") == 2 and "|" not in summary(None, None)
 
 
 def test_a_changed_number_changes_the_section():
@@ -58,8 +78,11 @@ def test_marks_count_exact_ways_of_ours_alone():
     assert said[-1].endswith("not measured, wanted 25×")
 
 
+START, END = "<!-- x:start -->", "<!-- x:end -->"
+
+
 @pytest.mark.parametrize("text", ["no markers", f"{START} {START} {END}", f"{END} {START}"])
-def test_a_readme_without_markers_is_refused(text):
+def test_a_document_without_markers_is_refused(text):
     with pytest.raises(ValueError, match="exactly once"):
-        replace_section(text, "x")
-    assert replace_section(f"a\n{START}\nold{END}\nb", "new\n") == f"a\n{START}\nnew\n{END}\nb"
+        replace_section(text, "x", "new")
+    assert replace_section(f"a\n{START}\nold{END}\nb", "x", "new\n") == f"a\n{START}\nnew\n{END}\nb"
