@@ -24,19 +24,6 @@ from tests.kernels.cases import (
 ALGORITHMS = ["gram", "stream", "dense", "spectral"]
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: an element a kernel should write and does not, or reads and should not, shows."""
-    for name in ("empty", "empty_like"):
-        plain = getattr(torch, name)
-
-        def filled(*args, plain=plain, **kwargs):
-            tensor = plain(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        monkeypatch.setattr(torch, name, filled)
-
-
 def penalty_of(algorithm):
     return "spectral" if algorithm == "spectral" else "hadamard"
 
