@@ -1,7 +1,7 @@
 """The shrinkage operator and the interference bound of the ELLA paper: the theory behind the penalty, for analysis.
 
 Training uses the penalty; these act on dense matrices and are meant for diagnostics and tests. Source: Das Biswas et
-al., EACL 2026 (arXiv 2601.02232).
+al., EACL 2026 (arXiv 2601.02232); docs/math.md has them beside the penalty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["interference", "interference_bound", "shrink", "shrink_spectral"]
 
 
 def shrink(gradient: Tensor, past: Tensor, ella_lambda: float, eps: float = 0.0) -> Tensor:
-    """``argmin_D ½‖D - G‖² + (λ/2)‖E ⊙ D‖² = G / (1 + λE²)`` with ``E = |W_past| + ε``, entry by entry.
+    """``argmin ½‖ΔW - G‖² + (λ/2)‖E ⊙ ΔW‖² = G / (1 + λE²)`` with ``E = |W_past| + ε``, entry by entry.
 
     Args:
         gradient: ``G``, ``(out, in)``, the update wanted by the task.
@@ -33,7 +33,7 @@ def shrink(gradient: Tensor, past: Tensor, ella_lambda: float, eps: float = 0.0)
 
 
 def shrink_spectral(gradient: Tensor, left: Tensor, right: Tensor, ella_lambda: float) -> Tensor:
-    """The same for the spectral penalty: ``(UᵀD V)_ij = (UᵀG V)_ij / (1 + λ S_i S_j)``, ``G`` elsewhere.
+    """The same for the spectral penalty: ``(UᵀΔW V)_ij = (UᵀG V)_ij / (1 + λ S_i S_j)``, ``G`` elsewhere.
 
     Args:
         gradient: ``(out, in)``. left: ``(out, k)``, right: ``(k, in)`` with ``W_past = left @ right = U S Vᵀ``.
@@ -48,7 +48,7 @@ def shrink_spectral(gradient: Tensor, left: Tensor, right: Tensor, ella_lambda: 
 
 
 def interference(update: Tensor, past: Tensor) -> Tensor:
-    """``⟨D, W_past⟩``, 0-dim: what the update writes along the past."""
+    """``⟨ΔW, W_past⟩``, 0-dim: what the update writes along the past."""
     return (update * past).sum()
 
 

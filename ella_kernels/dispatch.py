@@ -66,7 +66,7 @@ COSTS = {
 
 
 def gram_cost(out: int, in_: int, r: int, k: int, cost: Cost) -> float:
-    """Value and gradients by pairs: two matmuls of ``P·Q`` per row and side, and the pair products themselves."""
+    """Value and gradients by pairs: two matmuls of ``pairs · q`` per row and side, and the pair products themselves."""
     pairs, past_pairs = r * (r + 1) / 2, k * (k + 1) / 2 + 1
     return (out + in_) * (2 * cost.gram * pairs * past_pairs + 2 * cost.pair * (pairs + past_pairs))
 

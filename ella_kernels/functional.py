@@ -2,7 +2,7 @@
 
 All take LoRA factors as PEFT stores them, ``lora_A (r, in)`` and ``lora_B (out, r)``, in float32, float64, bfloat16 or
 float16; arithmetic and results are float32, or float64 as soon as one operand is float64, also inside ``autocast``.
-Source of the penalty: Das Biswas et al., EACL 2026, arXiv 2601.02232.
+Source of the penalty: Das Biswas et al., EACL 2026, arXiv 2601.02232; formulas and letters: docs/math.md.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def hadamard_penalty(
 def spectral_penalty(
     lora_A: Tensor, lora_B: Tensor, past: Past, scaling: float = 1.0, *, backend: str = "auto", precision: str = "auto"
 ) -> Tensor:
-    """Projected norm ``scaling² ‖(LᵀB)(A Rᵀ)‖_F²`` (DESIGN 2.2); arguments as :func:`hadamard_penalty`.
+    """Projected norm ``scaling² ‖(LᵀB)(A Rᵀ)‖_F²`` (docs/math.md); arguments as :func:`hadamard_penalty`.
 
     ``past.left`` and ``past.right`` must split the SVD evenly (:func:`truncate` does); energies do not enter. A dense
     past is decomposed on every call, which is slow: ``truncate`` it once instead.

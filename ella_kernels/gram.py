@@ -5,15 +5,15 @@
     (ΔW ⊙ ΔW)_ij = s² Σ_{a≤a'} ω_aa' (B_ia B_ia')(A_aj A_a'j)        ω = 1 on the diagonal, 2 off it
     (W  ⊙ W )_ij =    Σ_{c≤c'} ω_cc' (L_ic L_ic')(R_cj R_c'j)  + ρ_i κ_j / τ
 
-so with the pair products as rows, ``BB (P, out)``, ``LL (Q, out)``, ``AA (P, in)``, ``RR (Q, in)``, where
-``P = r(r+1)/2`` and ``Q = k(k+1)/2`` (+ 1: the energy term of a truncated past is one more row)::
+so with the pair products as rows, ``BB (pairs, out)``, ``LL (q, out)``, ``AA (pairs, in)``, ``RR (q, in)``, where
+``pairs = r(r+1)/2`` and ``q = k(k+1)/2`` (+ 1: the energy term of a truncated past is one more row)::
 
-    P = s² ⟨ω ⊙ BB·LLᵀ, ω ⊙ AA·RRᵀ⟩
+    P = s² ⟨ω ωᵀ ⊙ BB·LLᵀ, AA·RRᵀ⟩
 
-and ``∂P/∂B_ia = 2 s² Σ_a' B_ia' Σ_q (AA·RRᵀ)_{aa',q} LL_qi``. Using pairs instead of all ``r·k`` products costs a
-quarter of the multiplications of the textbook form ``⟨XᵀX, YᵀY⟩`` and gives the same number.
+and ``∂P/∂B_ia = 2 s² Σ_a' B_ia' Σ_cc' ω_cc' (AA·RRᵀ)_{aa',cc'} LL_{cc',i}`` (docs/math.md). Using pairs instead of all
+``r·k`` products costs a quarter of the multiplications of the textbook form ``⟨XᵀX, YᵀY⟩`` and gives the same number.
 
-Factors, pasts and energies of odd sizes are divided by powers of two (:mod:`powers`). The inner products, ``P·Q``
+Factors, pasts and energies of odd sizes are divided by powers of two (:mod:`powers`). The inner products, ``pairs·q``
 numbers, are multiplied back in float64, where they have room.
 """
 
@@ -87,7 +87,7 @@ class _Side:
     Both sides of square layers make one ``_Side`` of ``2n``: half the operations to launch, twice the work in each.
 
     Attributes:
-        unit, row_units: ``(n, 1)`` and ``(n, Q)``, what the factors and the rows of the past's pair products were
+        unit, row_units: ``(n, 1)`` and ``(n, q)``, what the factors and the rows of the past's pair products were
             divided by; None if by 1.
     """
 
@@ -128,7 +128,7 @@ class _Side:
         return self.kept[1]
 
     def gram(self, diagonals: range) -> Tensor:
-        """``(n, pairs, Q)`` float64: inner products of the factor's pairs with the past's, of their own size."""
+        """``(n, pairs, q)`` float64: inner products of the factor's pairs with the past's, of their own size."""
         pairs = sum(self.r - d for d in diagonals)
         total = self.factor.new_zeros((self.n, pairs, self.q))
         for c in self.chunks(pairs):
@@ -211,7 +211,7 @@ def _batch(group: list[Layer], weight: Tensor | float, work: _Workspace, dtype: 
     sides = _sides(group, work, dtype)
     r, k, like = sides[0].r, sides[0].k, sides[0].factor
     scaling = torch.tensor([layer.scaling for layer in group], dtype=torch.float64).to(like.device)
-    past_weight = _multiplicity(k, range(k), scaling)  # [Q]
+    past_weight = _multiplicity(k, range(k), scaling)  # [q]
     if first.row_energy is not None:
         past_weight = torch.cat([past_weight, past_weight.new_ones(1)])
 
@@ -221,11 +221,11 @@ def _batch(group: list[Layer], weight: Tensor | float, work: _Workspace, dtype: 
         grads = [work.take(side.name + "grad", side.factor, *side.factor.shape).zero_() for side in sides]
         grad_scale, spare = (2 * scaling * scaling * weight).repeat(2)[:, None, None], None
         if sides[0].unit is not None:
-            # [2n, 1, Q]: by the rows that the coefficients multiply, and the factors.
+            # [2n, 1, q]: by the rows that the coefficients multiply, and the factors.
             grad_scale = grad_scale * torch.cat([side.unit * side.row_units for side in sides])[:, None]
     for diagonals in _diagonal_blocks(r, sides[0].q):
         grams = [side.gram(diagonals) for side in sides]
-        of_rows, of_cols = grams if len(sides) == 2 else grams[0].split(n)  # [n, P, Q] each
+        of_rows, of_cols = grams if len(sides) == 2 else grams[0].split(n)  # [n, pairs, q] each
         omega = _multiplicity(r, diagonals, scaling)[:, None]
         weighted = of_cols.mul_(past_weight)
         if with_grad:

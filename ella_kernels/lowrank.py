@@ -70,7 +70,7 @@ def split_evenly(u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype
 
 @torch.no_grad()
 def truncate(left: Tensor, right: Tensor, rank: int) -> LowRank:
-    """Best rank-``rank`` approximation of ``left @ right`` with the energies of the dropped part (DESIGN 2.3).
+    """Best rank-``rank`` approximation of ``left @ right`` with the energies of the dropped part (docs/math.md).
 
     Args:
         left: ``(out, k)``, floating.

@@ -2,7 +2,7 @@
 
 Forms every ``(out, in)`` matrix and follows the formulae line by line. Everything else is tested against this module,
 so it is written to be read, not to be fast. Source: Das Biswas et al., EACL 2026 (arXiv 2601.02232) for the Hadamard
-penalty; DESIGN 2.2 and 2.3 for the projected norm and the energy correction.
+penalty; docs/math.md for the projected norm and the energy correction.
 """
 
 from __future__ import annotations

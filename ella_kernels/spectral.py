@@ -1,6 +1,7 @@
-"""The spectral penalty ``s²‖(LᵀB)(A Rᵀ)‖_F²`` (the projected norm of DESIGN 2.2), in plain torch.
+"""The spectral penalty ``s²‖(LᵀB)(A Rᵀ)‖_F²`` (the projected norm), in plain torch.
 
-With ``N = (LᵀB)(A Rᵀ)``, a ``(k, k)`` matrix: ``∂P/∂B = 2s² L (N (A Rᵀ)ᵀ)`` and ``∂P/∂A = 2s² ((LᵀB)ᵀ N) R``.
+With ``N = (LᵀB)(A Rᵀ)``, a ``(k, k)`` matrix: ``∂P/∂B = 2s² L (N (A Rᵀ)ᵀ)`` and ``∂P/∂A = 2s² ((LᵀB)ᵀ N) R``
+(docs/math.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Algorithms "stream" and "dense": tiles of ``B·A`` against tiles of the past, in plain torch.
 
 The past is a tile source. "stream" rebuilds each tile from the factors, ``L·R``; "dense" reads it from a stored matrix.
-One pass gives the value and both gradients; nothing of more than a tile is kept.
+One pass gives the value and both gradients (docs/math.md); nothing of more than a tile is kept.
 """
 
 from __future__ import annotations

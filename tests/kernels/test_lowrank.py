@@ -37,7 +37,7 @@ def test_truncation_is_the_svd(out, in_, k, rank, seed):
 
 
 def test_energies_correct_the_truncated_penalty():
-    """15 random tasks of rank 8 (DESIGN 2.3): 8 of 120 components alone see a third of it, with energies all."""
+    """15 random tasks of rank 8 (docs/math.md): 8 of 120 components alone see a third of it, with energies all."""
     gen = torch.Generator().manual_seed(0)
     left, right = torch.randn(512, 120, generator=gen), torch.randn(120, 384, generator=gen)
     a, b = torch.randn(8, 384, generator=gen), torch.randn(512, 8, generator=gen)

@@ -45,7 +45,7 @@ def test_hadamard_is_accurate_on_hard_data(algorithm, kind, shape):
 
 @pytest.mark.parametrize("algorithm", ["gram", "stream"])
 def test_near_cancelling_overlap(algorithm):
-    """Training that drives the overlap to zero makes the gram form cancel (DESIGN 2.6)."""
+    """Training that drives the overlap to zero makes the gram form cancel (docs/math.md, "Precision")."""
     a, b, past = vanishing_overlap()
     expected = exact(a, b, past, 1.0)
     check(run(a, b, past, 1.0, algorithm=algorithm), expected, BOUND[torch.float32])
@@ -75,7 +75,7 @@ def test_closed_form_reference_is_the_autograd_gradient(name):
 
 
 def test_spectral_is_the_projected_norm():
-    """‖(WWᵀ)^¼ ΔW (WᵀW)^¼‖² by matrix functions equals the factor form: DESIGN 2.2."""
+    """‖(WWᵀ)^¼ ΔW (WᵀW)^¼‖² by matrix functions equals the factor form: docs/math.md."""
     a, b, past = factors(12, 9, 3, 4, dtype=torch.float64)
     w = past.left @ past.right
 
