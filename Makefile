@@ -30,6 +30,7 @@ bench-readme: $(VENV)/.installed-bench
 quality: $(VENV)/.installed-quality
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/.installed-quality
 	$(BIN)/ruff check --fix .

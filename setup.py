@@ -18,7 +18,7 @@ extras = {
         "tensorboard",
         "trl",
     ],
-    "quality": ["ruff==0.17.6"],
+    "quality": ["mypy==2.4.1", "ruff==0.17.6"],
 }
 
 setup(
@@ -30,6 +30,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["ella", "ella.*", "ella_kernels", "ella_kernels.*"]),
+    # Type checkers read the annotations of installed packages that have this file only.
+    package_data={"ella": ["py.typed"], "ella_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

@@ -8,8 +8,18 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from ella_kernels import __version__
+
+if TYPE_CHECKING:
+    from .config import EllaConfig
+    from .export import ExportReport
+    from .offline import export_state, fold_adapters
+    from .past import FoldReport
+    from .regularizer import EllaRegularizer
+    from .shrinkage import interference, interference_bound, shrink, shrink_spectral
+    from .trainer import EllaCallback, attach
 
 # Names load on first use: `import ella` stays light, and the command line answers before PEFT is imported.
 _HOME = {
@@ -44,7 +54,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ella' has no attribute {name!r}; it has {__all__}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -137,7 +137,8 @@ def _factors(module: LoraLayer, x: Tensor, knowledge: str, task: str) -> list[Te
     """
     if module.scaling[knowledge] != 1 or not x.is_floating_point():
         return None
-    found, device = [], x.device
+    found: list[Tensor] = []
+    device = x.device
     for name in (knowledge, task):
         for holder in (module.lora_A[name], module.lora_B[name]):
             if type(holder) is not nn.Linear or holder._forward_hooks or holder._forward_pre_hooks:
@@ -152,15 +153,15 @@ def _factors(module: LoraLayer, x: Tensor, knowledge: str, task: str) -> list[Te
 def _add_both(module: LoraLayer, result: Tensor, x: Tensor, factors: list[Tensor], knowledge: str, task: str) -> Tensor:
     dropout, scaling, dtype = module.lora_dropout[task], module.scaling[task], _product_dtype(x)
     dropped = x if isinstance(dropout, nn.Identity) or not dropout.training else dropout(x)
-    a_k, _, a_t, b_t = factors
+    a_k, b_k, a_t, b_t = factors
     # Joining the factors for few rows, as in decoding, would cost as much as their products.
     few = x.numel() <= (a_k.shape[0] + a_t.shape[0]) * x.shape[-1]
     if few or dropped is not x:
-        result = _add_apart(result, x, dropped, *factors, scaling, dtype)
+        result = _add_apart(result, x, dropped, a_k, b_k, a_t, b_t, scaling, dtype)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (result, x, a_t, b_t)):
-        result = _AddJoined.apply(result, x, *factors, scaling, dtype)
+        result = _AddJoined.apply(result, x, a_k, b_k, a_t, b_t, scaling, dtype)
     else:
-        result, _, _ = _add_joined(result, x, *factors, scaling, dtype)
+        result, _, _ = _add_joined(result, x, a_k, b_k, a_t, b_t, scaling, dtype)
     for name in (knowledge, task):
         bias = module.lora_B[name].bias
         if bias is not None:
@@ -175,7 +176,10 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def _add_apart(result, x, dropped, a_k, b_k, a_t, b_t, scaling, dtype) -> Tensor:
+def _add_apart(
+    result: Tensor, x: Tensor, dropped: Tensor, a_k: Tensor, b_k: Tensor, a_t: Tensor, b_t: Tensor, scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """``result + x Aₖᵀ Bₖᵀ + s · dropped Aₜᵀ Bₜᵀ``, adapter by adapter, differentiated by plain autograd."""
     a_k, b_k, a_t, b_t = (t if t.dtype == dtype else t.to(dtype) for t in (a_k, b_k, a_t, b_t))
     added, rows = _copy(result.reshape(-1, result.shape[-1]), dtype), _rows(x, dtype)
@@ -185,7 +189,9 @@ def _add_apart(result, x, dropped, a_k, b_k, a_t, b_t, scaling, dtype) -> Tensor
     return added.view(result.shape)
 
 
-def _add_joined(result, x, a_k, b_k, a_t, b_t, scaling, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _add_joined(
+    result: Tensor, x: Tensor, a_k: Tensor, b_k: Tensor, a_t: Tensor, b_t: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """``result + x Aₖᵀ Bₖᵀ + s · x Aₜᵀ Bₜᵀ`` by one product with ``x`` and one that adds, and what led to it.
 
     Returns:
@@ -230,18 +236,21 @@ class _AddJoined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, result, x, a_k, b_k, a_t, b_t, scaling, dtype):
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, a_k: Tensor, b_k: Tensor, a_t: Tensor, b_t: Tensor, scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         added, rows, hidden_t = _add_joined(result, x, a_k, b_k, a_t, b_t, scaling, dtype)
         ctx.scaling, ctx.dtype, ctx.x_dtype, ctx.x_shape = scaling, dtype, x.dtype, x.shape
         *_, needs_a, needs_b, _, _ = ctx.needs_input_grad
         # Not the view, which would keep the (n, k) beside it alive.
-        hidden_t = hidden_t.contiguous() if needs_b else None
-        ctx.save_for_backward(rows if needs_a else None, hidden_t, a_k, b_k, a_t, b_t)
+        kept = hidden_t.contiguous() if needs_b else None
+        ctx.save_for_backward(rows if needs_a else None, kept, a_k, b_k, a_t, b_t)
         return added
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden_t, a_k, b_k, a_t, b_t = ctx.saved_tensors
         k, dtype = a_k.shape[0], ctx.dtype
         _, needs_x, *_, needs_a, needs_b, _, _ = ctx.needs_input_grad
@@ -302,7 +311,11 @@ class PreviousModule:
         return module.modules_to_save[self.knowledge](*args, **kwargs) if module.disable_adapters else None
 
 
-class _Together:
+# A mixin may use whatever PEFT's layers have: to a type checker they are anything.
+_PeftLayer: Any = object
+
+
+class _Together(_PeftLayer):
     """Mixin of subclasses of PEFT layers whose merges know no variants: the trained adapter brings the knowledge."""
 
     ella_knowledge: str
@@ -391,7 +404,7 @@ class TogetherExperts(_TogetherForward, ParamWrapper):
         lhs_k, rhs_k, scaling_k = super().get_delta_factors(self.ella_knowledge)
         return torch.cat((scaling_k * lhs_k, scaling * lhs), -1), torch.cat((rhs_k, rhs), -2), 1.0
 
-    def _activate_lora(self, active_adapters: list[str]):
+    def _activate_lora(self, active_adapters: list[str]) -> Any:
         # PEFT reads factors where one adapter is active on several experts, and sums dense updates elsewhere.
         by_factors = len([name for name in active_adapters if name in self.lora_A]) == 1 and self.num_experts > 1
         if not by_factors or self.get_param().dtype.itemsize < 2:
@@ -468,7 +481,8 @@ def release(module: nn.Module) -> None:
     for name in [name for name, v in module.lora_variant.items() if isinstance(v, TogetherVariant)]:
         del module.lora_variant[name]
     if isinstance(module, _Together):
-        module.__class__ = next(c for c in type(module).__mro__[1:] if not issubclass(c, _Together))
+        plain: Any = next(c for c in type(module).__mro__[1:] if not issubclass(c, _Together))
+        module.__class__ = plain
     known = module.__dict__.pop("ella_knowledge", None)
     frozen = module.frozen_peft_weight_names
     module.frozen_peft_weight_names = {name: held for name, held in frozen.items() if name != known}

@@ -184,7 +184,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _integers(text: str) -> tuple[int, ...]:
     try:
         first, dash, last = text.partition("-")
-        values = range(int(first), int(last) + 1) if dash else [int(part) for part in text.split(",")]
+        values: Sequence[int] = range(int(first), int(last) + 1) if dash else [int(part) for part in text.split(",")]
     except ValueError:
         values = ()
     if not values:

@@ -102,7 +102,7 @@ def fold_for_export(
     stored = {}
     for name, (parts, scaling, bias) in current.items():
         before = past[name]
-        updates = parts or [(part.right[:0], part.left[:, :0]) for part in before.parts]
+        updates = parts or [(part.right[:0], part.left[:, :0]) for part in (before.parts if before else ())]
         stored[name] = fold_layer(before, updates, scaling, bias, rank or sys.maxsize)
     needed = max(_numerical_rank(layer) for layer in stored.values())
     stored = {

@@ -199,7 +199,7 @@ class FinishedTasks:
         if keep != "merge":
             past.extra = {}
             return {}
-        if merged:
+        if merged or past.base is None:
             past.base = MergedBase.without_past(self.layers, past.adapter, past.extra["base_before"])
             return {}
         errors = past.base.merge(self.layers, past.adapter)
@@ -318,7 +318,7 @@ class FinishedTasks:
             knowledge.load_rest(model, name, folder)
             model.train(training)
 
-    def _check_layers(self, saved: Mapping[str, Sequence[int]], directory: str | Path) -> None:
+    def _check_layers(self, saved: Mapping[str, Sequence[int]], directory: str | Path | None) -> None:
         own = {layer.name: (layer.n_parts, *layer.shape) for layer in self.layers}
         lines = [f"{name} is saved but not in the model" for name in sorted(saved.keys() - own.keys())]
         lines += [f"{name} is in the model but not saved" for name in sorted(own.keys() - saved.keys())]
@@ -330,12 +330,12 @@ class FinishedTasks:
         if lines:
             raise ValueError(f"the past in {directory} belongs to other layers than this model's: {'; '.join(lines)}")
 
-    def _is_merged(self, state: PastState, directory: str | Path) -> bool:
+    def _is_merged(self, state: PastState, directory: str | Path | None) -> bool:
         """Whether the base holds the past of ``state`` already. Refuses a base that is neither that nor without it."""
         merging = self.config.keep_past == "merge"
         if merging:
             check_mergeable(self.model, self.layers)
-        before, after = state.extra.get("base_before"), state.extra.get("base_after")
+        before, after = state.extra.get("base_before"), state.extra.get("base_after", {})
         if before is None:
             return False
         now = checksums(self.layers)

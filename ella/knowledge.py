@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ class EllaLoraConfig(LoraConfig):
         """
         self.saved = {"lora_alpha": self.lora_alpha, "alpha_pattern": self.alpha_pattern}
         but = set(but)
-        self.lora_alpha = 0
-        self.alpha_pattern = {key: alpha if key in but else 0 for key, alpha in self.alpha_pattern.items()}
+        pattern = {key: alpha if key in but else 0 for key, alpha in self.alpha_pattern.items()}
+        self.__dict__.update(lora_alpha=0, alpha_pattern=pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def move_adapter(model: PeftModel, old: str, new: str) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in (*module.adapter_layer_names, *module.other_param_names, "lora_variant"):
-                held = getattr(module, name, None)
+                held: Any = getattr(module, name, None)
                 if hasattr(held, "keys") and old in held:
                     held[new] = held.pop(old)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -197,11 +197,11 @@ def install(
     model.peft_config[knowledge] = config
 
 
-def _merges(model: PeftModel, layers: Iterable[AdaptedLayer]) -> dict[str, dict[str, Any]]:
+def _merges(model: PeftModel, layers: Sequence[AdaptedLayer]) -> dict[str, dict[str, Any]]:
     """How merging treats each layer whose base weight other modules use too: :func:`act_together`'s last arguments."""
     shared = shared_weights(model, layers)
     twins = {layer.tied_to for layer in layers}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for layer in layers:
         if layer.name not in shared:
             continue
@@ -243,7 +243,7 @@ def _keep_module(module: ModulesToSaveWrapper, knowledge: str, folding: bool) ->
 def _copy_adapter(module: LoraLayer, source: str, to: str) -> None:
     """A copy of a layer's adapter under another name, as trainable as what was there."""
     for name in (*module.adapter_layer_names, *module.other_param_names):
-        held = getattr(module, name, None)
+        held: Any = getattr(module, name, None)
         if hasattr(held, "keys") and source in held:
             held[to] = copy.deepcopy(held[source])
 
@@ -337,7 +337,7 @@ def plain_config(
     config = copy.copy(trained)
     common = max(ranks.values(), default=1)
     others = {_pattern(name): rank for name, rank in ranks.items() if rank != common}
-    alphas = dict(others)
+    alphas: dict[str, float] = dict(others)
     for name, (rank, alpha) in left_out.items():
         others[_pattern(name)], alphas[_pattern(name)] = rank, alpha
     if marker is not None and ranks:

@@ -6,7 +6,7 @@ modules are read by loops in C, in every step anew: parameters may be replaced a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 
@@ -48,7 +48,7 @@ class LinearLayers:
         """``α/r`` of each layer as it is now; None where factors are not found either."""
         return tuple(map(itemgetter(adapter), map(_scaling, self._lora_modules))) or None
 
-    def _weights(self, name: str, adapter: str):
+    def _weights(self, name: str, adapter: str) -> Iterator[nn.Parameter]:
         holders = map(itemgetter(name), map(_modules, self._lora_modules))
         return map(_weight, map(_parameters, map(itemgetter(adapter), map(_modules, holders))))
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 try:
     import fcntl
 except ImportError:
-    fcntl = None
+    fcntl = cast("Any", None)
 
 __all__ = ["Lock", "one_writer"]
 
@@ -80,7 +81,7 @@ def one_writer(folder: str | Path) -> Iterator[bool]:
         status = os.stat(folder)
         identity = status.st_dev, status.st_ino
         lock = None if identity in _entered.folders else Lock(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    if lock is None:
+    if lock is None or identity is None:
         yield identity in _entered.folders
         return
     try:

@@ -77,7 +77,7 @@ class MergedBase:
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         self._weights = {layer.name: _copy(layer.module.get_base_layer().weight) for layer in layers}
-        self._biases = {layer.name: _copy(getattr(layer.module.get_base_layer(), "bias", None)) for layer in layers}
+        self._biases = {layer.name: _copy(bias) for layer in layers if (bias := _bias(layer)) is not None}
         self.checksums = checksums(layers)
 
     @torch.no_grad()
@@ -119,8 +119,12 @@ class MergedBase:
         return base
 
 
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to("cpu", copy=True)
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _bias(layer: AdaptedLayer) -> Tensor | None:
+    return getattr(layer.module.get_base_layer(), "bias", None)
 
 
 def checksums(layers: Sequence[AdaptedLayer]) -> dict[str, int]:

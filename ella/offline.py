@@ -83,12 +83,11 @@ def fold_adapters(
         raise ValueError(f"names must have one entry per adapter, found {len(named)} for {len(folders)}")
     out = new_folder(out_dir)
 
-    first: _SavedAdapter | None = None
     stored: dict[str, StoredLayer] = {}
     reports = []
-    for name, folder in zip(named, folders, strict=True):
-        adapter = _read_adapter(folder)
-        first = first or adapter
+    first = adapter = _read_adapter(folders[0])
+    for i, (name, folder) in enumerate(zip(named, folders, strict=True)):
+        adapter = _read_adapter(folder) if i else first
         if adapter.layers.keys() != first.layers.keys():
             differing = sorted(adapter.layers.keys() ^ first.layers.keys())
             raise ValueError(f"{folder} adapts other layers than {folders[0]}: {differing[:8]}")
@@ -131,7 +130,7 @@ def export_state(directory: str | Path, out_dir: str | Path, rank: int | None = 
             f"the state in {folder} has no weights of modules_to_save {sorted(trained.modules_to_save)}; export from a "
             "folder that PEFT or a trainer saved"
         )
-    empty = ([], 1.0, None)
+    empty: tuple[list[tuple[Tensor, Tensor]], float, Tensor | None] = ([], 1.0, None)
     parts = {name: current.get(name, empty) for name in state.layers}
     stored, report = fold_for_export(state.layers, parts, rank)
     tensors = dict(others)

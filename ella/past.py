@@ -24,7 +24,7 @@ from .lora import AdaptedLayer, split_parts
 from .merging import MergedBase
 from .tensorfile import read_tensors
 
-__all__ = ["FoldReport", "Past", "described", "fold_factors", "fold_layer"]
+__all__ = ["FoldReport", "Past", "add_energies", "described", "fold_factors", "fold_layer"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,17 @@ def fold_factors(
     total = s.square().sum().item()
     error = math.sqrt(s[max_rank:].square().sum().item() / total) if total > 0 else 0.0
     folded = split_evenly(u, s, vh, max_rank, torch.float32)
-    if past is not None and past.row_energy is not None:
-        rows, cols = past.row_energy, past.col_energy
-        if folded.row_energy is not None:
-            rows, cols = rows + folded.row_energy, cols + folded.col_energy
-        folded = folded._replace(row_energy=rows, col_energy=cols)
-    return folded, error
+    return (folded if past is None else add_energies(folded, past)), error
+
+
+def add_energies(past: LowRank, dropped: LowRank) -> LowRank:
+    """``past`` with the energies of ``dropped`` added to its own, if there are any."""
+    if dropped.row_energy is None or dropped.col_energy is None:
+        return past
+    rows, cols = dropped.row_energy, dropped.col_energy
+    if past.row_energy is not None and past.col_energy is not None:
+        rows, cols = rows + past.row_energy, cols + past.col_energy
+    return past._replace(row_energy=rows, col_energy=cols)
 
 
 def fold_layer(
@@ -107,10 +112,10 @@ def fold_layer(
         scaled = scaling * bias.detach().float()
         total = scaled if total is None else total + scaled
     errors = [] if before is None else before.relative_error
-    parts = [part for part, _ in folded]
-    if any(part.row_energy is not None for part in parts):  # one expert's past may be exact where another's is not
-        parts = [_with_energies(part) for part in parts]
-    return StoredLayer(parts, total, [*errors, max(error for _, error in folded)])
+    made = [part for part, _ in folded]
+    if any(part.row_energy is not None for part in made):  # one expert's past may be exact where another's is not
+        made = [_with_energies(part) for part in made]
+    return StoredLayer(made, total, [*errors, max(error for _, error in folded)])
 
 
 def described(config: LoraConfig) -> dict[str, Any]:
@@ -173,10 +178,13 @@ class Past:
         if factors is None:
             return None
         device = layer.parameters()[0].device
-        energies = self._energies.get(layer.name, [(None, None)] * len(factors))
+        found = [LowRank(left.to(device), right.to(device)) for right, left in factors]
+        energies = self._energies.get(layer.name)
+        if energies is None:
+            return found
         return [
-            LowRank(*(None if t is None else t.to(device) for t in (left, right, rows, cols)))
-            for (right, left), (rows, cols) in zip(factors, energies, strict=True)
+            part._replace(row_energy=rows.to(device), col_energy=cols.to(device))
+            for part, (rows, cols) in zip(found, energies, strict=True)
         ]
 
     def stored(self, layer: AdaptedLayer) -> StoredLayer | None:
@@ -195,7 +203,11 @@ class Past:
         layers = list(layers)
         self._errors = {name: list(layer.relative_error) for name, layer in stored.items()}
         self._energies = {
-            name: [(part.row_energy.cpu(), part.col_energy.cpu()) for part in layer.parts]
+            name: [
+                (part.row_energy.cpu(), part.col_energy.cpu())
+                for part in layer.parts
+                if part.row_energy is not None and part.col_energy is not None
+            ]
             for name, layer in stored.items()
             if layer.parts[0].row_energy is not None
         }
@@ -234,6 +246,6 @@ class Past:
             parts = split_parts(tensors[key_a], tensors[key_b], self._shapes[name][0])
             energies = self._energies.get(name, [(None, None)] * len(parts))
             bias = tensors.get(key_b.removesuffix("weight") + "bias")
-            parts = [LowRank(left, right, *pair) for (right, left), pair in zip(parts, energies, strict=True)]
-            found[name] = StoredLayer(parts, bias, self._errors[name])
+            made = [LowRank(left, right, *pair) for (right, left), pair in zip(parts, energies, strict=True)]
+            found[name] = StoredLayer(made, bias, self._errors[name])
         return found

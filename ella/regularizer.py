@@ -51,11 +51,13 @@ class EllaRegularizer:
     def __init__(self, peft_model: PeftModel, config: EllaConfig | None = None) -> None:
         self._set_up(peft_model, EllaConfig() if config is None else config)
 
-    def _set_up(self, model: PeftModel, config: EllaConfig, *saved: PastState | Path) -> None:
+    def _set_up(
+        self, model: PeftModel, config: EllaConfig, state: PastState | None = None, folder: Path | None = None
+    ) -> None:
         if not isinstance(config, EllaConfig):
             raise TypeError(f"config must be an EllaConfig, found {type(config).__name__}")
         self.model, self.config = model, config
-        self._finished = FinishedTasks(model, config, *saved)
+        self._finished = FinishedTasks(model, config, state, folder)
         self._follow()
 
     def _follow(self) -> None:

@@ -14,7 +14,7 @@ import ella_kernels as ek
 from .config import EllaConfig
 from .linear_layers import LinearLayers
 from .lora import AdaptedLayer
-from .past import Past
+from .past import Past, add_energies
 
 __all__ = ["Operands", "Term", "Terms"]
 
@@ -50,7 +50,8 @@ class Terms:
 
     def current(self, past: Past) -> Operands:
         """Those of the model as it is now."""
-        factors = self._linear.parameters(past.adapter) if past and not past.is_external else None
+        is_held = past and not past.is_external
+        factors: Sequence[Tensor] | None = self._linear.parameters(past.adapter) if is_held else None
         if factors is None:
             parts = [past.factors(layer) or () for layer in self.layers]
             factors = [factor for part in parts for pair in part for factor in pair]
@@ -95,8 +96,4 @@ def _squared_norm(past: ek.LowRank) -> float:
 def _keep(past: ek.LowRank, rank: int) -> ek.LowRank:
     """The leading ``rank`` components, the rest and what was dropped before as energies."""
     kept = ek.truncate(past.left, past.right, rank)
-    if past.row_energy is None:
-        return kept
-    if kept.row_energy is None:
-        return kept._replace(row_energy=past.row_energy, col_energy=past.col_energy)
-    return kept._replace(row_energy=kept.row_energy + past.row_energy, col_energy=kept.col_energy + past.col_energy)
+    return add_energies(kept, past)

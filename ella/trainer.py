@@ -8,6 +8,7 @@ gradients are accumulated on top, so that clipping and the scaler treat both ali
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class EllaCallback(TrainerCallback):
         self._seed: _Seed | None = None
         self._looks = 0
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         refuse_unsupported(args)
         self._sum, self._steps = None, 0
         # The first steps in which there is a seed to lose are looked at; each look waits for the device.
@@ -58,7 +59,7 @@ class EllaCallback(TrainerCallback):
                 "of ELLA: use attach(trainer, regularizer) instead of passing EllaCallback"
             )
 
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # fp16: the task's gradients arrive multiplied by the scale and are divided by it before clipping.
         scaler = getattr(optimizer, "scaler", None)
         value = self.regularizer.add_gradient_(scaler.get_scale() if scaler is not None else 1.0)
@@ -67,7 +68,7 @@ class EllaCallback(TrainerCallback):
         self._sum = value if self._sum is None else self._sum + value
         self._steps += 1
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seed, self._seed = self._seed, None
         arrived = None if seed is None else seed.arrived()
         if arrived is False:
@@ -78,7 +79,7 @@ class EllaCallback(TrainerCallback):
             )
         self._looks = 0 if arrived else self._looks - 1
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or self._sum is None:
             return
         # The mean over the steps since the last log, as the loss is.
@@ -96,9 +97,9 @@ class _Seed:
     arrives at the optimizer is their sum, clipped. Without the seed it is parallel to theirs alone.
     """
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    def __init__(self, parameter: nn.Parameter, seed: Tensor) -> None:
         self.parameter = parameter
-        self.seed = parameter.grad.detach().clone()
+        self.seed = seed.detach().clone()
         self.task: list[Tensor] = []
         self._hook = parameter.register_hook(self._add)
 
@@ -107,9 +108,10 @@ class _Seed:
         """None where there is nothing to lose yet, or where other processes' gradients are averaged in."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return None
-        parameters = [p for layer in regularizer.layers for p in layer.parameters() if p.grad is not None and p.numel()]
-        largest = max(parameters, key=lambda p: float(p.grad.float().norm()), default=None)
-        return None if largest is None or not largest.grad.any() else cls(largest)
+        parameters = [p for layer in regularizer.layers for p in layer.parameters() if p.numel()]
+        seeded = [(p, p.grad) for p in parameters if p.grad is not None]
+        largest = max(seeded, key=lambda pair: float(pair[1].float().norm()), default=None)
+        return None if largest is None or not largest[1].any() else cls(*largest)
 
     def _add(self, grad: Tensor) -> None:
         self.task.append(grad.detach().clone())
@@ -120,12 +122,16 @@ class _Seed:
         if self.parameter.grad is None:
             return False
         found, seed, *task = (t.double().flatten() for t in (self.parameter.grad, self.seed, *self.task))
-        gap = _distance(sum(task), sum(task) + seed) if task else 2.0
+        gap = _distance(_sum(task), _sum(task) + seed) if task else 2.0
         if gap < 100 * torch.finfo(self.seed.dtype).eps:
             return None
         # Thrown away before any of the micro-batches, with those before it.
-        without = [sum(task[i:]) for i in range(len(task))]
-        return found.any().item() and all(_distance(found, rest) > 0.1 * gap for rest in without)
+        without = [_sum(task[i:]) for i in range(len(task))]
+        return bool(found.any()) and all(_distance(found, rest) > 0.1 * gap for rest in without)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -237,7 +243,7 @@ def _restore(regularizer: EllaRegularizer, checkpoint: str) -> None:
         )
 
 
-def refuse_unsupported(args) -> None:
+def refuse_unsupported(args: Any) -> None:
     """ValueError for engines that keep gradients elsewhere than in ``p.grad``, where the penalty would be lost."""
     for name, title in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
         if getattr(args, name, None):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _multiplicity(m: int, diagonals: range, like: Tensor) -> Tensor:
 class _Workspace:
     """Named buffers kept for one call: fresh pages for every product would cost more than the product."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffers: dict[tuple, Tensor] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
@@ -74,7 +75,7 @@ class _Workspace:
             self._buffers[key] = like.new_empty(size)
         return self._buffers[key][:size].view(shape)
 
-    def stack(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def stack(self, name: str, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """:func:`stack` into the buffer ``name``; a single tensor that fits is viewed, not copied."""
         if len(tensors) == 1 or any(tensor.dtype != dtype for tensor in tensors):
             return stack(tensors, dtype)
@@ -91,7 +92,10 @@ class _Side:
             divided by; None if by 1.
     """
 
-    def __init__(self, name: str, work: _Workspace, factor, past, energy: Tensor | None, limit: int, units):
+    def __init__(
+        self, name: str, work: _Workspace, factor: Tensor, past: Tensor, energy: Tensor | None, limit: int,
+        units: Sequence[Tensor] | None,
+    ) -> None:  # fmt: skip
         self.name, self.work, self.limit = name, work, limit
         self.factor, self.past, self.energy = factor, past, energy
         self.n, self.r, self.width = factor.shape
@@ -175,7 +179,9 @@ def _sides(group: list[Layer], work: _Workspace, dtype: torch.dtype) -> list[_Si
     if out == in_ and 2 * len(group) * pairs * out <= min(2 * _WORK, out * in_ - 1):
         sides = {"both": [rows + cols for rows, cols in zip(*sides.values(), strict=True)]}
         energies = [torch.cat(energies)] if energies else []
-    stacked = [work.stack(f"{name} {i}", part, dtype) for name, parts in sides.items() for i, part in enumerate(parts)]
+    stacked: list[Any] = [
+        work.stack(f"{name} {i}", part, dtype) for name, parts in sides.items() for i, part in enumerate(parts)
+    ]
     units = operand_units(stacked, energies)
     if units is not None:
         stacked = [over(t, unit, dtype) for t, unit in zip(stacked, units, strict=False)]

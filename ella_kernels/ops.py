@@ -130,13 +130,13 @@ def _save(ctx, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _scaled_gradients(ctx, grad_values: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _scaled_gradients(ctx, grad_values: Tensor | None) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     n = len(ctx.dtypes) // 2
     if grad_values is None:
         return [None] * n, [None] * n
     scales = [*grad_values.unbind(), *grad_values.unbind()]
     if torch._C._functorch.peek_interpreter_stack() is None:
-        scaled = torch._foreach_mul(ctx.saved_tensors, scales)
+        scaled: Sequence[Tensor] = torch._foreach_mul(ctx.saved_tensors, scales)
     else:
         scaled = [grad * scale for grad, scale in zip(ctx.saved_tensors, scales, strict=True)]
     scaled = [grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)]

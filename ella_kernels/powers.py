@@ -64,7 +64,9 @@ def over(tensors: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensors / unit.to(tensors.dtype).view(-1, *[1] * (tensors.ndim - 1))).to(dtype)
 
 
-def narrowed(coefficients: Tensor, dtype: torch.dtype, spare: Tensor | None = None, *, is_first: bool = True):
+def narrowed(
+    coefficients: Tensor, dtype: torch.dtype, spare: Tensor | None = None, *, is_first: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """float64 coefficients ``(n, ·, ·)``, which may be overwritten, in ``dtype``, and what is left out of them.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -96,5 +96,5 @@ def _on_triton(algorithm: str, layers: Sequence[Layer], indices: list[int], prec
     return kernels.prepare(algorithm, [layers[i] for i in indices], precision, indices)
 
 
-def _torch_path(algorithm: str):
+def _torch_path(algorithm: str) -> Callable[[Sequence[Layer], Tensor | float], list[Tensor]]:
     return {"gram": gram.hadamard_gram, "spectral": spectral.spectral}.get(algorithm, stream.hadamard_stream)

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .dispatch import interpreted
 from .loops import cuobjdump, inner_loops
@@ -37,7 +37,7 @@ class Unit(NamedTuple):
     problem: str
     target: str
     precision: str
-    kernel: object
+    kernel: Any
     constants: dict
     warps: int
     stages: int
@@ -90,7 +90,7 @@ def units(target: str) -> Iterator[Unit]:
                 kernel = getattr(gram_kernels, name)
                 yield Unit(name, problem, target, products, kernel, common | constants, warps, shape.stages)
         for r, k, stored in STREAM_PROBLEMS:
-            tile = tiles.stream_tile(target, products)
+            tile: Any = tiles.stream_tile(target, products)
             constants = common | other | stream.stream_constants(r, k, tile)
             constants |= {"STORED": stored, "ENERGY": False, "WITH_GRAD": True, "WEIGHT_IS_TENSOR": True}
             for which, order in (
@@ -172,14 +172,14 @@ def _first(text: str, patterns: tuple[str, ...]) -> str:
     return next((name for name in patterns if name in text), "none")
 
 
-def _nvidia(compiled) -> tuple[int, int, str]:
+def _nvidia(compiled: Any) -> tuple[int, int, str]:
     needs = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", needs)}
     ptx = compiled.asm["ptx"]
     return usage["REG"], usage["STACK"] + usage["LOCAL"], _first(ptx, ("tcgen05.mma", "wgmma", "mma.sync", "fma.rn"))
 
 
-def _amd(compiled) -> tuple[int, int, str]:
+def _amd(compiled: Any) -> tuple[int, int, str]:
     assembly = compiled.asm["amdgcn"]
     usage = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", assembly)}
     return usage["vgpr_count"], usage["vgpr_spill_count"], _first(assembly, ("v_mfma", "v_fma"))

@@ -92,7 +92,7 @@ def _operands(layer: Layer) -> _Operands:
     matrices = [layer.lora_A.to(dtype)[None], layer.lora_B.to(dtype)[None], *past]
     energies = [] if layer.row_energy is None else [shares([layer.row_energy]), stack([layer.col_energy])]
     units = operand_units(matrices, energies)
-    own = ()
+    own: tuple[Tensor | float, ...] = ()
     if units is not None:
         unit_a, unit_b, *units_past = (unit[0] for unit in units[: len(matrices)])
         unit_past = unit_left = units_past[0]

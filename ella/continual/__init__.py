@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .docstrings import docstring_tasks
 from .metrics import AccuracyMatrix
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .stream import StreamConfig, StreamResult, run_stream
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ella.continual' has no attribute {name!r}; it has {__all__}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -274,8 +274,8 @@ def _matrix_table(arm: str, matrix: AccuracyMatrix) -> str:
     head = "".join(f"<th>{_esc(name)}</th>" for name in matrix.tasks)
     rows = []
     if matrix.untrained is not None:
-        cells = "".join(f"<td class='quiet'>{_number(v, '')}</td>" for v in matrix.untrained)
-        rows.append(f"<tr><th>untrained</th>{cells}</tr>")
+        quiet = "".join(f"<td class='quiet'>{_number(v, '')}</td>" for v in matrix.untrained)
+        rows.append(f"<tr><th>untrained</th>{quiet}</tr>")
     for i, row in enumerate(matrix.rows):
         cells = []
         for j, value in enumerate(row):

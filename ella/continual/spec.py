@@ -55,13 +55,13 @@ class TaskSettings:
     def load(self, base: Path) -> list[Task]:
         """The tasks in order; relative paths start at ``base``."""
         if self.benchmark is not None:
-            return load_benchmark(
-                base / self.benchmark, ORDERS[self.order] if isinstance(self.order, str) else self.order
-            )
+            order = ORDERS[self.order] if isinstance(self.order, str) else self.order or ()
+            return load_benchmark(base / self.benchmark, order)
         if self.folders is not None:
             return [read_task(base / folder) for folder in self.folders]
         sizes = {"train_per_task": self.train_examples, "test_per_task": self.test_examples}
-        return docstring_tasks(self.docstrings, **{name: size for name, size in sizes.items() if size is not None})
+        given = {name: size for name, size in sizes.items() if size is not None}
+        return docstring_tasks(self.docstrings or (), **given)
 
 
 @dataclass(frozen=True)

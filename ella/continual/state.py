@@ -81,6 +81,8 @@ class StreamState:
 
     def load_adapter(self, model: Any, adapter_name: str) -> None:
         """Copy the saved adapter weights into the model's parameters, bit for bit; none if any of them does not fit."""
+        if self._current is None:
+            raise ValueError(f"{self.folder} has no finished task to load an adapter of")
         path = self.folder / self._current / ADAPTER
         tensors, metadata = read_tensors(path)
         own = _adapter_parameters(model, adapter_name)

@@ -188,7 +188,7 @@ def _run_tasks(
     test = [classifier.encode(task.test, task.labels) for task in tasks]
     saved = state.load() if state else None
 
-    if saved is None:
+    if state is None or saved is None:
         _seed_adapter(classifier, config.seed, 0)
         regularizer = _new_regularizer(classifier, config)
         result = StreamResult(config.to_dict(), AccuracyMatrix(names))
@@ -212,7 +212,7 @@ def _run_tasks(
         train = classifier.encode(task.train, task.labels)
         label = f"{config.arm}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
         record = {"name": task.name} | _train(classifier, train, regularizer, config, index, label, progress)
-        if config.arm in ("fresh", "ella"):
+        if regularizer is not None:
             regularizer.end_task(task.name)
         start = time.perf_counter()
         result.matrix.add_row(_evaluate(classifier, test, config, index))
@@ -242,7 +242,7 @@ def _train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     batches = [b for epoch in range(config.epochs) for b in train.batches(config.batch_size, seed + epoch)]
-    penalised = regularizer is not None and config.arm == "ella" and index > 0
+    penalised = regularizer if config.arm == "ella" and index > 0 else None
     losses: list[torch.Tensor] = []
     penalties: list[torch.Tensor] = []
     penalty_seconds = 0.0
@@ -252,9 +252,9 @@ def _train(
             optimizer.zero_grad(set_to_none=True)
             loss = classifier.loss(train, rows)
             loss.backward()
-            if penalised:
+            if penalised is not None:
                 before = time.perf_counter()
-                penalty = regularizer.add_gradient_()
+                penalty = penalised.add_gradient_()
                 penalties.append(penalty.detach())
                 penalty_seconds += time.perf_counter() - before
             if config.max_grad_norm is not None:
