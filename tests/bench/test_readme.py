@@ -38,6 +38,8 @@ def test_the_summary_follows_its_results():
     assert "120× (120× … 120×)" in summary(results(base, ours), None)
     assert "121×" in summary(results(base, layer("ours auto, torch", 121.0, "in-place")), None)
     assert summary(None, None).count("not measured yet") == 2 and "|" not in summary(None, None)
+    gpu = results(layer("ours gram, triton", 60.0), name="a GPU")
+    assert "**GPU**: a GPU" in summary(None, gpu) and "docs/benchmarks.md" in summary(None, gpu)
 
 
 def test_a_changed_number_changes_the_section():
