@@ -1,303 +1,314 @@
-"""Everything there is to find out on a GPU, in one command and under eight minutes, into one json.
+"""Everything there is to find out on a GPU, in one command and under ten minutes.
 
     python -m bench.gpu_check               # needs torch and triton, and no network
-    python -m bench.gpu_check --dry-run     # the same code on the CPU: kernels interpreted, nothing timed
+    python -m bench.gpu_check --dry-run     # the same stages on the CPU: kernels interpreted, nothing timed
 
-Correctness of every kernel against float64, repeatability, capture in a CUDA graph, no host synchronisation, the memory
-sanitizer if it is installed; then the timings, with their baselines in the same run, and floors from the bandwidth and
-matmul rates this device showed. The file appears whole or not at all.
+Versions and the accumulator's rounding first, then a step on LLaMA's q and v with its errors, then dense ways beside it,
+correctness of every kernel against float64, further cases, and the memory sanitizer last. Every stage is a process of
+its own; every row is a line of gpu_check.jsonl as soon as it is known, so whatever ends the run loses none. What
+processes print is in gpu_check.log; gpu_<device>.json, rewritten after every stage, is what the README is made from.
+The folder is --output, else $OUT, else bench/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
+__all__ = ["collect", "emit", "main", "output_folder", "run_group", "run_stage", "run_stages", "summary"]
 
-__all__ = ["WORKLOADS", "check_kernels", "main", "time_workloads"]
-
-# Timings stop starting here; what runs then, and writing, take under a minute more.
-SECONDS = 400.0
+# The last stage is killed here; a command on a lent GPU may take 600.
+SECONDS = 560.0
 RESULTS = Path(__file__).parent / "results"
-# (model, targets, r); each at every k, and at p = 16 of 120 with the energy term: 16 components and the energies are
-# all that is read, so how many were dropped changes nothing.
-WORKLOADS = (("LLaMA-3.1-8B", "qv", 8), ("T5-large", "qv", 8), ("LLaMA-3.1-8B", "all", 16))
-PAST_RANKS = (8, 16, 64, 120)
-PROVIDERS = (
-    "dense eager",
-    "dense on host",
-    "dense compiled",
-    "dense rebuilt",
-    "ours gram, torch",
-    "ours gram, triton",
-    "ours stream, triton",
-    "ours auto, triton",
-    "ours spectral, triton",
-)
-# (out, in, r, k, energy): multiples of nothing, grouped-query rectangles, aligned shapes, ranks beyond one tile.
-CHECK_SHAPES = (
-    (1000, 777, 7, 5, False),
-    (1024, 4096, 8, 8, False),
-    (4096, 1024, 8, 16, True),
-    (1, 513, 3, 20, True),
-    (640, 640, 16, 16, False),
-    (512, 768, 8, 120, False),
-    (300, 200, 70, 3, True),
-)
-TINY_SHAPES = ((40, 56, 3, 5, False), (33, 70, 8, 8, True))
-ERROR_BOUND = {"auto": 1e-3, "ieee": 1e-5, "tf32": 1e-2}
+LAST = "sanitizer"
 
 
-def check_kernels(device: str, shapes=CHECK_SHAPES) -> list[dict]:
-    """Largest errors of each algorithm, and whether repeats agree: all shapes in the default precision, two in others.
-
-    A shape's ranks are compiled in, so every further pair of precision and dtype costs seconds.
-    """
-    found = []
-    for algorithm in ("gram", "stream", "dense", "spectral"):
-        found.append(_check(device, shapes, algorithm, "auto", torch.float32))
-        found.append(_check(device, shapes[:2], algorithm, "auto", torch.bfloat16))
-        found.append(_check(device, shapes[:2], algorithm, "tf32", torch.float32))
-        found.append(_check(device, shapes[:2], algorithm, "ieee", torch.float32))
-        found.append(_check(device, shapes[:1], algorithm, "ieee", torch.float64))
-    return found
+def output_folder(chosen: Path | None, environment: Mapping[str, str]) -> Path:
+    """``--output``, else ``$OUT``, else bench/results."""
+    return chosen or Path(environment.get("OUT") or RESULTS)
 
 
-def _check(device: str, shapes, algorithm: str, precision: str, dtype: torch.dtype) -> dict:
-    import ella_kernels as ek
-
-    from .measure import exact, relative_error
-    from .providers import dense_form, make_group
-    from .shapes import Size
-
-    group = make_group([Size(*shape) for shape in shapes], device)
-    As = [a.detach().to(dtype) for a in group.lora_As]
-    Bs = [b.detach().to(dtype) for b in group.lora_Bs]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    factored = [ek.LowRank(*(None if t is None else t.to(wide) for t in past)) for past in group.pasts]
-    pasts = [dense_form(past) for past in factored] if algorithm == "dense" else factored
-    spectral = algorithm == "spectral"
-    options = {"backend": "triton", "precision": precision} | ({} if spectral else {"algorithm": algorithm})
-    # Beyond 64 the spectral kernel has no room for its (r, r) products.
-    kept = [i for i, a in enumerate(As) if not (spectral and a.shape[0] > 64)]
-    As, Bs, pasts, factored = ([group_[i] for i in kept] for group_ in (As, Bs, pasts, factored))
-    scalings = [group.scalings[i] for i in kept]
-    add_ = ek.add_spectral_grad_ if spectral else ek.add_hadamard_grad_
-
-    def once():
-        grads_A = [torch.zeros_like(a, dtype=wide) for a in As]
-        grads_B = [torch.zeros_like(b, dtype=wide) for b in Bs]
-        return add_(As, Bs, pasts, scalings, grads_A, grads_B, weight=1.0, **options), grads_A, grads_B
-
-    entry = {"algorithm": algorithm, "precision": precision, "dtype": str(dtype).removeprefix("torch.")}
-    try:
-        values, grads_A, grads_B = once()
-        again, *_ = once()
-        worst = [0.0, 0.0]
-        for i, a in enumerate(As):
-            # A stored past is the root of the squared one: compare with what the kernel was given.
-            reference = factored[i]
-            value, grad_a, grad_b = exact(
-                a, Bs[i], reference, scalings[i], penalty="spectral" if spectral else "hadamard"
-            )
-            worst[0] = max(worst[0], relative_error(values[i], value))
-            worst[1] = max(worst[1], relative_error(grads_A[i], grad_a), relative_error(grads_B[i], grad_b))
-        bound = 1e-12 if dtype == torch.float64 else ERROR_BOUND[precision]
-        entry |= {"value_error": worst[0], "grad_error": worst[1], "bound": bound}
-        entry |= {"repeats_agree": torch.equal(values, again)}
-        entry["passed"] = max(worst) <= bound and entry["repeats_agree"]
-    except Exception as error:
-        entry |= {"passed": False, "failure": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-    return entry
+def emit(path: Path, row: Mapping) -> None:
+    """Append a row to the file, out of this process's hands when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def check_step(device: str) -> list[dict]:
-    """The in-place form as a training step uses it: no host synchronisation, and replayed from a CUDA graph."""
-    import ella_kernels as ek
-
-    from .measure import relative_error
-    from .providers import make_group
-    from .shapes import Size
-
-    group = make_group([Size(1024, 768, 8, 8), Size(768, 1024, 8, 8)], device)
-    As, Bs = [a.detach() for a in group.lora_As], [b.detach() for b in group.lora_Bs]
-    grads = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
-    weight = torch.tensor(2.0, device=device)
-
-    def step():
-        return ek.add_hadamard_grad_(As, Bs, group.pasts, group.scalings, *grads, weight=weight, backend="triton")
-
-    step()
-    wanted = [grad.clone() for grad in grads[0]]
-    entries = []
-    if device == "cuda":
-        for name, body in (("no host synchronisation", _without_sync), ("replayed from a CUDA graph", _graphed)):
-            for grad in (*grads[0], *grads[1]):
-                grad.zero_()
-            try:
-                times = body(step)
-                torch.cuda.synchronize()
-                error = max(relative_error(g, times * w.double()) for g, w in zip(grads[0], wanted, strict=True))
-                entries.append({"check": name, "passed": error < 1e-5, "error": error})
-            except Exception as error:
-                entries.append({"check": name, "passed": False, "failure": f"{type(error).__name__}: {error}"[:300]})
-    return entries
-
-
-def _without_sync(step) -> int:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return 1
-
-
-def _graphed(step) -> int:
-    from .measure import Graphed
-
-    graph = Graphed(step)  # three warm-up steps; capturing runs nothing
-    graph()
-    graph()
-    return 5
-
-
-def sanitize() -> dict:
-    """Small shapes under compute-sanitizer, if it is installed."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        return {"ran": False, "reason": "compute-sanitizer is not installed"}
-    check = [sys.executable, "-m", "bench.gpu_check", "--kernels"]
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *check]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        return {"ran": False, "reason": "over 60 s"}
-    return {"ran": True, "passed": done.returncode == 0, "output": (done.stdout + done.stderr)[-2000:]}
-
-
-def cases() -> Iterator:
-    """The workloads, most important first: the run stops when its time is over."""
-    from .shapes import Case, Size, model_case
-
-    for ranks in ((8,), ("energy",), (120,), (16, 64)):
-        for model, targets, r in WORKLOADS:
-            for k in ranks:
-                if k != "energy":
-                    yield model_case(model, targets, r, k)
-                    continue
-                plain = model_case(model, targets, r, 16)
-                sizes = tuple(Size(*size[:4], energy=True) for size in plain.sizes)
-                yield Case(f"{plain.name} +energy", sizes)
-
-
-def time_workloads(deadline: float, rates: dict) -> list[dict]:
-    """Rows of every case that fits before ``deadline`` (``time.monotonic``), as in results.json, with their floors."""
-    from .rows import Limits, measure_case
-
-    limits = Limits(3.0, 0.5, rates["copy_bytes_per_s"], rates["matmul_flops_per_s"])
+def read_rows(path: Path) -> list[dict]:
+    """Every whole line of the file; a process that is killed may leave a part of one."""
     rows = []
-    for case in cases():
-        for graphed, names in ((False, PROVIDERS), (True, [name for name in PROVIDERS if "triton" in name])):
-            if time.monotonic() > deadline:
-                rows.append({"case": case.name, "graphed": graphed, "reason": "the run's time was over"})
-                continue
-            measured = measure_case("gpu_check", case, "in-place", names, limits, "cuda", graphed=graphed)
-            for row, _ in measured.values():
-                rows.append(row.as_dict() | {"graphed": graphed} | _floor(row, rates))
-            torch.cuda.empty_cache()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
     return rows
 
 
-def _floor(row, rates: dict) -> dict:
-    """Seconds that the counted bytes, and the counted operations, take at the device's measured rates."""
-    if row.flops is None:
-        return {}
-    # The cheapest compensated product of "auto": three in bf16, at twice the rate of tf32.
-    rate = rates["tf32_flops_per_s"] * 2 / 3 if "triton" in row.provider else rates["matmul_flops_per_s"]
-    return {"bytes_floor": row.bytes / rates["copy_bytes_per_s"], "operations_floor": row.flops / rate}
+def run_group(command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None):
+    """Run a command in a process group of its own and kill the whole group after ``seconds``.
+
+    Returns:
+        Its exit status, or None if it was killed.
+    """
+    with log.open("a", encoding="utf-8") as output:
+        # A group and not a session: who ends this program's session ends the stage too.
+        process = subprocess.Popen(
+            list(command), stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=os.setpgrp
+        )
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            # Also when the command itself has ended: what it left behind must not run beside the next stage.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def _tf32_rate() -> float:
-    from .measure import _matmul_rate
-
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+def run_stage(name: str, run: Callable, path: Path, context, counts: Mapping[str, int] | None = None) -> bool:
+    """In a stage's own process: write its rows as they come, and at the end one about the stage itself."""
+    began = time.monotonic()
+    outcome: dict = {"passed": True}
     try:
-        return _matmul_rate("cuda")
+        for row in run(context):
+            emit(path, {"stage": name} | row)
+            outcome["passed"] &= row.get("passed") is not False
+    except BaseException as error:
+        lines = str(error).splitlines() or [""]
+        outcome = {"passed": False, "failure": f"{type(error).__name__}: {lines[0][:300]}"}
+        if not isinstance(error, Exception):
+            raise
+        import traceback
+
+        traceback.print_exc()
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        row = {"stage": name, "kind": "stage", "seconds": round(time.monotonic() - began, 2)}
+        emit(path, row | outcome | dict(counts or {}))
+    return outcome["passed"]
 
 
-def _clocks() -> dict:
-    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    values = done.stdout.splitlines()[torch.cuda.current_device()].split(", ")
-    return dict(zip(fields.split(","), values, strict=False))
+def run_stages(
+    stages: Mapping[str, float],
+    command: Callable[[str], Sequence[str]],
+    folder: Path,
+    *,
+    seconds: float = SECONDS,
+    environment: Mapping[str, str] | None = None,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Run every stage as a process; whatever happens to one is a row, and the next one runs.
+
+    Args:
+        stages: names, in order, and the seconds after which each is killed.
+        command: what to run for a stage; it writes its rows itself.
+        folder: holds gpu_check.jsonl and gpu_check.log.
+        seconds: of the whole run; time for the sanitizer, the last stage, is set aside.
+        after: called after every stage.
+    """
+    path, log = folder / "gpu_check.jsonl", folder / "gpu_check.log"
+    deadline = time.monotonic() + seconds
+    for name, limit in stages.items():
+        left = deadline - time.monotonic() - (stages[LAST] if LAST in stages and name != LAST else 0.0)
+        row = {"stage": name, "kind": "stage", "passed": None}
+        if left < min(10.0, limit):
+            emit(path, row | {"reason": "the run's time was over"})
+            continue
+        arguments = command(name)
+        if not arguments:
+            emit(path, row | {"reason": "compute-sanitizer is not installed"})
+            continue
+        with log.open("a", encoding="utf-8") as output:
+            output.write(f"===== {name}\n")
+        start, began = log.stat().st_size, time.monotonic()
+        status = run_group(arguments, min(limit, left), log, environment)
+        taken = round(time.monotonic() - began, 1)
+        said = any(r["kind"] == "stage" for r in read_rows(path) if r.get("stage") == name)
+        if status is None or (status != 0 and not said) or (name == LAST and status != 0):
+            how = f"killed after {taken} s" if status is None else f"exit status {status}"
+            tail = log.read_bytes()[start:].decode("utf-8", "replace")[-1500:]
+            emit(path, row | {"passed": False, "failure": how, "seconds": taken, "output": tail})
+        after()
 
 
-def _write(results: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def collect(path: Path, dry_run: bool, seconds: float) -> dict:
+    """The rows as one dict, with what the README is made from: "machine" and "rows"."""
+    rows = read_rows(path)
+    kinds = {
+        name: [r for r in rows if r["kind"] == kind]
+        for name, kind in (
+            ("versions", "versions"), ("machines", "machine"), ("probes", "probe"), ("rows", "time"),
+            ("checks", "check"), ("kernels", "kernel"), ("stages", "stage"),
+        )
+    }  # fmt: skip
+    machines, versions = kinds.pop("machines"), kinds.pop("versions")
+    machine = {"name": "unknown", "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    for found in (*versions, *machines):
+        machine |= {name: value for name, value in found.items() if name not in ("stage", "kind")}
+    return {"dry_run": dry_run, "machine": machine, "seconds": seconds} | kinds
+
+
+def failures(results: Mapping) -> list[str]:
+    """What is not as it should be, a line each: checks, probes and stages that failed."""
+    found = []
+    for row in (*results["checks"], *results["probes"], *results["stages"]):
+        if row.get("passed") is False:
+            what = row.get("check") or row.get("what") or "the stage"
+            why = row.get("failure") or f"error {max(row.get('value_error') or 0, row.get('grad_error') or 0):.1e}"
+            found.append(f"{row['stage']}: {what}: {why}")
+    return found
+
+
+def _micros(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e6:.0f}"
+
+
+def summary(results: Mapping) -> str:
+    """A short table: how the accumulator rounds, a line for every stage, times in µs, and what failed."""
+    lines = [f"{results['machine']['name']}, torch {results['machine'].get('torch')}"]
+    for row in results["probes"]:
+        if row["what"] == "tl.dot" and "between" in row:
+            lines.append(
+                f"accumulator of tl.dot {row['products']}, tile {row['tile']}: {row['between']} between steps, "
+                f"{row['within']} within, bias {row['bias']:.1e}"
+            )
+    lines += ["", f"{'stage':<18} {'seconds':>7}  outcome"]
+    for row in results["stages"]:
+        outcome = {True: "passed", False: "FAILED", None: "not run"}[row["passed"]]
+        built = f", {row['compiled']} kernels compiled, {row['from_cache']} cached" if "compiled" in row else ""
+        lines.append(f"{row['stage']:<18} {row.get('seconds', '–'):>7}  {outcome}{built} {row.get('reason', '')}")
+    times: dict[tuple, dict] = {}
+    for row in results["rows"]:
+        entry = times.setdefault((row["stage"], row["provider"]), {"error": row["error"], "why": row["reason"]})
+        if row.get("median") is None:
+            continue
+        entry["graph" if row["graphed"] else "eager"] = row["median"]
+        entry["host"] = row.get("host_seconds", entry.get("host"))
+        for name in ("predicted", "ratio"):
+            if row["graphed"] or name not in entry:
+                entry[name] = row.get(name)
+    lines += ["", f"{'µs a step':<18} {'way':<24} {'graph':>8} {'predicted':>11} {'eager':>8} {'host':>6} ratio error"]
+    for (stage, way), entry in times.items():
+        predicted = "–".join(_micros(bound) for bound in entry.get("predicted") or ())
+        ratio = "" if entry.get("ratio") is None else f"{entry['ratio']:.1f}×"
+        error = "" if entry["error"] is None else f"{entry['error']:.0e}"
+        lines.append(
+            f"{stage:<18} {way:<24} {_micros(entry.get('graph')):>8} {predicted:>11} {_micros(entry.get('eager')):>8} "
+            f"{_micros(entry.get('host')):>6} {ratio:>5} {error:>5} {(entry['why'] or '')[:60]}"
+        )
+    for row in results["kernels"]:
+        if row["seconds"] is not None:
+            registers = [kernel["registers"] for kernel in row.get("compiled") or ()]
+            lines.append(
+                f"{row['stage']:<18} {row['kernel']:<28} {_micros(row['seconds'])} µs, registers {registers}, "
+                f"predicted {row.get('registers_predicted')}"
+            )
+    failed = failures(results)
+    lines += ["", *failed[:40], f"{len(failed)} failed" if failed else "every check passed"]
+    return "\n".join(lines)
+
+
+def _write(results: Mapping, folder: Path) -> Path:
+    name = "dry_run" if results["dry_run"] else str(results["machine"]["name"])
+    path = folder / f"gpu_{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+    return path
+
+
+def _in_stage(name: str, path: Path, dry: bool) -> int:
+    facts = next((row for row in read_rows(path) if row["kind"] == "machine"), None)
+    if dry:
+        # Before anything imports the kernels: they are decorated once.
+        os.environ["TRITON_INTERPRET"] = "1"
+        import torch
+
+        torch.set_num_threads(1)
+    from .gpu_stages import STAGES, count_compilations, open_context
+
+    counts = count_compilations()
+    return 0 if run_stage(name, STAGES[name].run, path, open_context(dry, facts), counts) else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0 when every check passed, 1 when one did not, 2 when there is no GPU to check."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.split("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, interpreted, no timing")
-    parser.add_argument("--kernels", action="store_true", help="only check the kernels, on small shapes")
-    parser.add_argument("--output", type=Path, help="default bench/results/gpu_<device>.json; nothing for a dry run")
+    parser.add_argument("--output", type=Path, help="folder; default $OUT, else bench/results; none for a dry run")
+    parser.add_argument("--only", action="append", help="run stages whose name starts with this; repeatable")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run (default %(default)g)")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    started = time.monotonic()
-    if chosen.dry_run:
-        # Before anything imports the kernels: they are decorated once.
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
+    if chosen.stage:
+        return _in_stage(chosen.stage, chosen.rows, chosen.dry_run)
+    import torch
+
+    if not chosen.dry_run and not torch.cuda.is_available():
         print("no GPU here: nothing is measured and nothing is written; --dry-run checks this script on the CPU")
         return 2
-    device = "cpu" if chosen.dry_run else "cuda"
-    kernels = check_kernels(device, TINY_SHAPES if chosen.dry_run or chosen.kernels else CHECK_SHAPES)
-    steps = [] if chosen.kernels else check_step(device)
-    failed = [entry for entry in (*kernels, *steps) if not entry["passed"]]
-    for entry in (*kernels, *steps):
-        print(json.dumps(entry), flush=True)
-    results = {"dry_run": chosen.dry_run, "kernels": kernels, "steps": steps}
-    if device == "cuda" and not chosen.kernels:
-        from .measure import machine
+    if chosen.dry_run and chosen.output is None and not os.environ.get("OUT"):
+        with tempfile.TemporaryDirectory() as folder:
+            return _run(chosen, Path(folder))
+    folder = output_folder(chosen.output, os.environ)
+    folder.mkdir(parents=True, exist_ok=True)
+    return _run(chosen, folder)
 
-        facts = machine("cuda")
-        facts["tf32_flops_per_s"] = _tf32_rate()
-        facts["before"] = _clocks()
-        results["sanitizer"] = sanitize()
-        results["rows"] = time_workloads(started + SECONDS, facts)
-        results["machine"] = facts | {"after": _clocks(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-        failed += [results["sanitizer"]] if results["sanitizer"].get("passed") is False else []
-        name = re.sub(r"[^A-Za-z0-9]+", "-", facts["name"]).strip("-").lower()
-        chosen.output = chosen.output or RESULTS / f"gpu_{name}.json"
-    results["seconds"] = time.monotonic() - started
-    if chosen.output:
-        _write(results, chosen.output)
-        print(f"written to {chosen.output}")
-    print(f"{len(failed)} checks failed" if failed else "every check passed")
-    return 1 if failed else 0
+
+def _run(chosen: argparse.Namespace, folder: Path) -> int:
+    from .gpu_stages import STAGES, sanitizer
+
+    began = time.monotonic()
+    path = folder / "gpu_check.jsonl"
+    path.unlink(missing_ok=True)
+    (folder / "gpu_check.log").unlink(missing_ok=True)
+    stages = {
+        name: stage.seconds * (4 if chosen.dry_run else 1)
+        for name, stage in STAGES.items()
+        # The first one always: floors need the card's rates.
+        if not chosen.only or name.startswith(("versions", *chosen.only))
+    }
+    tool = sanitizer()
+
+    def command(name: str) -> list[str]:
+        own = [sys.executable, "-m", "bench.gpu_check", "--stage", name, "--rows", str(path)]
+        if chosen.dry_run:
+            return [*own, "--dry-run"]
+        if name != LAST:
+            return own
+        return [tool, "--tool", "memcheck", "--error-exitcode", "9", *own] if tool else []
+
+    def after() -> None:
+        _write(collect(path, chosen.dry_run, time.monotonic() - began), folder)
+        print(f"{time.monotonic() - began:5.0f} s", json.dumps(read_rows(path)[-1])[:200], flush=True)
+
+    environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
+    # Ended from outside: the stage that is running goes too, and its rows stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run_stages(
+            stages, command, folder, seconds=chosen.seconds * (4 if chosen.dry_run else 1), environment=environment,
+            after=after,
+        )  # fmt: skip
+    finally:
+        results = collect(path, chosen.dry_run, time.monotonic() - began)
+        written = _write(results, folder)
+        print(f"{summary(results)}\nwritten to {written}", flush=True)
+    return 1 if failures(results) else 0
 
 
 if __name__ == "__main__":
