@@ -3,9 +3,9 @@
     python -m bench.gpu_check               # needs torch and triton, and no network
     python -m bench.gpu_check --dry-run     # the same stages on the CPU: kernels interpreted, nothing timed
 
-Versions and the accumulator's rounding first, then a step on LLaMA's q and v with its errors, then dense ways beside it,
-correctness of every kernel against float64, further cases, and the memory sanitizer last. Every stage is a process of
-its own; every row is a line of gpu_check.jsonl as soon as it is known, so whatever ends the run loses none. What
+Versions and the accumulator's rounding first, then a step on LLaMA's q and v with its errors, then dense ways beside
+it, correctness of every kernel against float64, further cases, and the memory sanitizer last. Every stage is a process
+of its own; every row is a line of gpu_check.jsonl as soon as it is known, so whatever ends the run loses none. What
 processes print is in gpu_check.log; gpu_<device>.json, rewritten after every stage, is what the README is made from.
 The folder is --output, else $OUT, else bench/results.
 """
@@ -64,10 +64,11 @@ def run_group(command: Sequence[str], seconds: float, log: Path, environment: Ma
         Its exit status, or None if it was killed.
     """
     with log.open("a", encoding="utf-8") as output:
-        # A group and not a session: who ends this program's session ends the stage too.
+        # A group and not a session: who ends this program's session ends the stage too. Nothing has threads here.
         process = subprocess.Popen(
-            list(command), stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=os.setpgrp
-        )
+            list(command), stdout=output, stderr=subprocess.STDOUT, env=environment,
+            preexec_fn=os.setpgrp,  # noqa: PLW1509
+        )  # fmt: skip
         try:
             return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

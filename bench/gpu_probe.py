@@ -65,12 +65,15 @@ def rounding(above: float, below: float) -> str:
     return names.get((above, below), f"neither: {above!r}, {below!r}")
 
 
-def probe(device: str) -> Iterator[dict]:
+def probe(device: str, launch_on: str | None = None) -> Iterator[dict]:
     """A row for every way to multiply; one that fails is a row with its failure.
 
     ``between`` is how 1 + ¾ulp is rounded where the small term comes with a later step than the 1, ``within`` where
     both are terms of one step. ``bias`` is the mean relative error of sums of 4096 positive products, and
     ``share_below`` how many of them are less than the exact sum: about a half if rounding is to nearest.
+
+    Args:
+        launch_on: where operands are, if not on ``device``: for compiling without it.
     """
     ways = [("tl.dot", tile, products) for tile in (64, 16) for products in ("tf32", "bf16", "ieee")]
     ways += [("torch.mm", 128, products) for products in ("tf32", "bf16", "ieee")]
@@ -81,7 +84,7 @@ def probe(device: str) -> Iterator[dict]:
         product = triton_product if what == "tl.dot" else library_product
         row = {"kind": "probe", "what": what, "tile": tile, "products": products}
         try:
-            row |= _probe_one(lambda x, y, by=product, how=products: by(x, y, how), tile, device)
+            row |= _probe_one(lambda x, y, by=product, how=products: by(x, y, how), tile, launch_on or device)
         except Exception as error:
             row |= {"passed": False, "failure": f"{type(error).__name__}: {error}"[:300]}
         yield row

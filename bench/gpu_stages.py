@@ -39,6 +39,7 @@ CHECK_SHAPES = (
     (300, 200, 70, 3, True),
 )
 TINY_SHAPES = ((40, 56, 3, 5, False), (33, 70, 8, 8, True))
+STEP_SIZES = (Size(1024, 768, 8, 8), Size(768, 1024, 8, 8))
 ALGORITHMS = ("gram", "stream", "dense", "spectral")
 ERROR_BOUND = {"auto": 1e-4, "ieee": 1e-5, "tf32": 1e-2}
 # Bytes and operations per second until this card has shown its own.
@@ -515,17 +516,22 @@ def check(device: str, shapes: Sequence[tuple], algorithm: str, precision: str, 
     return entry
 
 
-def check_step(context: Context) -> Iterator[dict]:
-    """The in-place form as a training step uses it: no host synchronisation, and replayed from a CUDA graph."""
-    group = make_group([Size(1024, 768, 8, 8), Size(768, 1024, 8, 8)] if not context.dry else [Size(40, 56, 8, 8)],
-                       context.device)  # fmt: skip
+def step_call(device: str, sizes: Sequence[Size]):
+    """``(step, grads)``: the in-place form with a weight on the device, and the gradients of A and B it adds to."""
+    group = make_group(sizes, device)
     As, Bs = [a.detach() for a in group.lora_As], [b.detach() for b in group.lora_Bs]
     grads = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
-    weight = torch.tensor(2.0, device=context.device)
+    weight = torch.tensor(2.0, device=device)
 
     def step():
         return ek.add_hadamard_grad_(As, Bs, group.pasts, group.scalings, *grads, weight=weight, backend="triton")
 
+    return step, grads
+
+
+def check_step(context: Context) -> Iterator[dict]:
+    """The in-place form as a training step uses it: no host synchronisation, and replayed from a CUDA graph."""
+    step, grads = step_call(context.device, [Size(40, 56, 8, 8)] if context.dry else STEP_SIZES)
     step()
     wanted = [grad.clone() for grad in grads[0]]
     for name, body in (

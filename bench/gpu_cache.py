@@ -1,0 +1,182 @@
+"""Fill a Triton cache with the kernels that ``bench.gpu_check`` launches, for a GPU that is not here.
+
+    python -m bench.gpu_cache FOLDER                       # compiles for sm_90
+    TRITON_CACHE_DIR=FOLDER python -m bench.gpu_check      # on the GPU machine, from the same sources
+
+Triton's key of a kernel is made of its sources and arguments, the target, the release of ptxas, environment variables
+that change the compiler, and a digest of the installed Triton itself, libtriton.so included. None of it needs a driver,
+but the digest differs between releases and between the wheels of two Python versions: fill the cache with the Python,
+Triton and processor of the GPU machine. ``gpu_check`` says whether a carried cache fits and how many kernels it gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+__all__ = ["compare", "fill", "identity", "main"]
+
+_MANIFEST = "gpu_cache.json"
+
+
+def identity() -> dict:
+    """What keys of this installation depend on beside a kernel: equal here and on the GPU machine, or nothing fits."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas_version
+    from triton.runtime import cache
+
+    variables: dict = {}
+    with contextlib.suppress(ImportError):
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+
+        variables = dict(get_cache_invalidating_env_vars())
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "triton": triton.__version__,
+        "triton_key": hashlib.sha256(cache.triton_key().encode()).hexdigest(),
+        "ptxas": hashlib.sha256(get_ptxas_version(90).encode()).hexdigest(),
+        "variables": variables,
+    }
+
+
+def compare() -> str:
+    """Whether the cache that was filled ahead fits this installation, in words."""
+    manifest = Path(os.environ.get("TRITON_CACHE_DIR", "")) / _MANIFEST
+    if not os.environ.get("TRITON_CACHE_DIR") or not manifest.exists():
+        return "none"
+    filled = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+    here = identity()
+    different = [name for name in here if here[name] != filled.get(name)]
+    return f"does not fit: {', '.join(different)} differ" if different else "fits"
+
+
+def compile_only(capability: int) -> None:
+    """Let launches compile for a target and launch nothing; for the rest of this process."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        """What the JIT asks of a driver before it launches."""
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+    driver.set_active(Driver())
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
+    from ella_kernels import functional, kernels  # noqa: F401  (every module that asks for the device is there now)
+
+    functional.select_backend = lambda backend, *_: "triton"
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ella_kernels"):
+            if hasattr(module, "device_key"):
+                module.device_key = lambda device: f"sm_{capability}"
+            if hasattr(module, "check_device"):
+                module.check_device = lambda tensor: None
+
+
+def _calls(small: bool):
+    """``(what, call)`` of everything that ``gpu_check`` launches, in its order."""
+    import torch
+
+    import ella_kernels as ek
+
+    from . import gpu_plan, gpu_stages
+    from .gpu_probe import probe
+    from .providers import PROVIDERS, SCALING, Group, prepare
+
+    def empty(case) -> Group:
+        # Nothing reads them: compiling depends on sizes, strides and alignment.
+        def past(s):
+            energies = (torch.ones(s.out), torch.ones(s.in_)) if s.energy else ()
+            return ek.LowRank(torch.empty(s.out, s.k), torch.empty(s.k, s.in_), *energies)
+
+        As = [torch.empty(s.r, s.in_, requires_grad=True) for s in case.sizes]
+        Bs = [torch.empty(s.out, s.r, requires_grad=True) for s in case.sizes]
+        return Group(case.sizes, As, Bs, [past(s) for s in case.sizes], [SCALING] * len(case.sizes))
+
+    yield "probe", lambda: list(probe("cuda", launch_on="cpu"))
+    cases = [(case, (gpu_plan.OURS,)) for case in gpu_plan.FIRST.values()]
+    for case, names in cases if small else [*cases, *gpu_plan.COMPARED.values()]:
+        for name in names:
+            if name.endswith(", triton"):
+                yield f"{case.name}: {name}", lambda c=case, n=name: prepare(PROVIDERS[n], empty(c), "in-place").call()
+    if small:
+        return
+    for shapes in (gpu_stages.CHECK_SHAPES, gpu_stages.TINY_SHAPES):
+        for algorithm in gpu_stages.ALGORITHMS:
+            for chosen, precision, dtype in gpu_stages.checks(shapes):
+                yield (
+                    f"check {algorithm} {precision} {dtype}",
+                    lambda *a: gpu_stages.check_call("cpu", *a)[1](),
+                    chosen,
+                    algorithm,
+                    precision,
+                    dtype,
+                )
+    yield "check step", gpu_stages.step_call("cpu", gpu_stages.STEP_SIZES)[0]
+
+
+def prune(folder: Path) -> None:
+    """Keep what a launch reads, the machine code and its metadata: a tenth of what compiling leaves behind."""
+    for path in folder.glob("*/*"):
+        if path.suffix in (".source", ".ttir", ".ttgir", ".llir", ".ptx"):
+            path.unlink()
+
+
+def fill(folder: Path, capability: int = 90, small: bool = False) -> dict:
+    """Compile into ``folder``; ``small``: only the first stages' kernels. Returns counts of kernels and failures."""
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+    os.environ.pop("TRITON_INTERPRET", None)
+    compile_only(capability)
+    from .gpu_stages import count_compilations
+
+    counts: dict = count_compilations()
+    failed = []
+    for what, call, *arguments in _calls(small):
+        began = time.monotonic()
+        try:
+            call(*arguments)
+        except Exception as error:
+            failed.append(f"{what}: {type(error).__name__}: {str(error)[:200]}")
+        print(f"{time.monotonic() - began:6.1f} s  {what}", flush=True)
+    prune(folder)
+    found = {"target": f"sm_{capability}", "identity": identity(), **counts, "failed": failed}
+    (folder / _MANIFEST).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 1 if a kernel did not compile."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_cache", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="to be TRITON_CACHE_DIR on the GPU machine")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability (default %(default)s)")
+    parser.add_argument("--small", action="store_true", help="only the first stages' kernels")
+    chosen = parser.parse_args(arguments)
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    found = fill(chosen.folder, chosen.capability, chosen.small)
+    size = sum(path.stat().st_size for path in chosen.folder.rglob("*") if path.is_file())
+    print(
+        f"{found.get('compiled')} kernels compiled, {found.get('from_cache')} were there, {size / 2**20:.1f} MiB",
+        *found["failed"],
+        sep="\n",
+    )
+    return 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
