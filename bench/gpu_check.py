@@ -291,7 +291,9 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
             return [*own, "--dry-run"]
         if name != LAST:
             return own
-        return [tool, "--tool", "memcheck", "--error-exitcode", "9", *own] if tool else []
+        # Without the caching allocator every tensor is an allocation that the tool knows the end of.
+        uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+        return [*uncached, tool, "--tool", "memcheck", "--error-exitcode", "9", *own] if tool else []
 
     def after() -> None:
         _write(collect(path, chosen.dry_run, time.monotonic() - began), folder)
