@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -78,25 +79,30 @@ class Task:
     ) -> Task:
         """A task from lists of dicts or ``datasets.Dataset`` objects.
 
-        Integer labels are turned into text through ``labels``, or through the ``names`` of a ``ClassLabel`` feature.
-        Without ``labels`` and without such a feature the sorted texts found in ``train`` are the labels.
+        The integers of a split stand for the ``names`` of its own ``ClassLabel`` feature, else for ``labels``, else
+        for the names of ``train``. Without ``labels`` the names of ``train`` are the labels, and without those the
+        sorted texts found there. ``labels`` that hold the names in another order fix the order of the classes; ones
+        that keep or replace each name in its place rename it.
         """
-        names = None if labels is None else [str(label) for label in labels]
-        if names is None:
-            feature = getattr(train, "features", None)
-            names = getattr(feature.get(label_column), "names", None) if feature else None
+        given = {"train": train, "dev": dev, "test": test}
+        own = {split: _class_names(rows, label_column) for split, rows in given.items()}
+        names = own["train"] if labels is None else [str(label) for label in labels]
+        if labels is not None:
+            own = _renamed(own, names)
         splits = {
             split: tuple(
                 _convert(
                     row,
                     f"task {name!r}, {split}[{i}]",
-                    names,
+                    own[split] or names,
                     sentence_column,
                     label_column,
+                    names,
+                    None if own[split] else own["train"],
                 )
                 for i, row in enumerate(rows)
             )
-            for split, rows in (("train", train), ("dev", dev), ("test", test))
+            for split, rows in given.items()
         }
         if names is None:
             names = sorted({record["label"] for record in splits["train"]})
@@ -104,6 +110,12 @@ class Task:
 
     def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> Task:
         """At most ``train`` and ``test`` records, class-balanced, drawn by ``seed`` (same seed, same records)."""
+        for what, limit in (("train", train), ("test", test)):
+            if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+                raise TaskError(
+                    f"task {self.name!r}, {what}: a split of {limit!r} records was asked for; "
+                    "expected an integer of at least 1, or None for all"
+                )
         return replace(
             self,
             train=_balanced(self.train, self.labels, train, f"{self.name}/train/{seed}"),
@@ -177,12 +189,32 @@ def _read_json(path: Path) -> Any:
         raise TaskError(f"{path} is not readable as UTF-8 json: {error}") from error
 
 
+def _class_names(rows: Any, label_column: str) -> list[str] | None:
+    """The ``names`` of a data set's ``ClassLabel``, which its integers stand for; None where it has none."""
+    features = getattr(rows, "features", None)
+    names = getattr(features.get(label_column), "names", None) if features else None
+    return None if names is None else list(names)
+
+
+def _renamed(own: dict[str, list[str] | None], labels: Sequence[str]) -> dict[str, list[str] | None]:
+    """Every split's names with ``labels`` in their place, where ``labels`` are other words for the first names."""
+    first = next((names for names in own.values() if names), [])
+    pairs = list(zip(first, labels, strict=False))
+    # A name that stands elsewhere among the labels is that label: another order, not another word.
+    if len(first) != len(labels) or not all(a == b or (a not in labels and b not in first) for a, b in pairs):
+        return own
+    new = dict(pairs)
+    return {split: names and [new.get(name, name) for name in names] for split, names in own.items()}
+
+
 def _convert(
     row: Any,
     where: str,
     names: Sequence[str] | None,
     sentence_column: str = "sentence",
     label_column: str = "label",
+    labels: Sequence[str] | None = None,
+    names_of_train: Sequence[str] | None = None,
 ) -> Record:
     try:
         sentence, label = row[sentence_column], row[label_column]
@@ -194,7 +226,17 @@ def _convert(
             raise TaskError(f"{where}: label {label} is a number; pass labels=[...] to say what it stands for")
         if not 0 <= label < len(names):
             raise TaskError(f"{where}: label {label} is outside the {len(names)} labels {list(names)}")
-        label = names[label]
+        label, number = names[label], label
+        if names_of_train is not None and number < len(names_of_train) and names_of_train[number] != label:
+            raise TaskError(
+                f"{where}: label {number} is {label!r} by the labels {list(names)}, {names_of_train[number]!r} by the "
+                f"names of train {list(names_of_train)}, and the split has no names of its own; give it texts as labels"
+            )
+        if labels is not None and label not in labels:
+            raise TaskError(
+                f"{where}: label {number} is {label!r} by the split's own names {list(names)}, which is not one of the "
+                f"labels {list(labels)}; pass labels=[...] that hold the names of every split"
+            )
     if not isinstance(sentence, str) or not isinstance(label, str):
         raise TaskError(
             f"{where}: expected text in {sentence_column!r} and {label_column!r}, "
@@ -219,8 +261,6 @@ def _check_records(records: Sequence[Record], labels: Sequence[str], where: str)
 def _balanced(records: Sequence[Record], labels: Sequence[str], limit: int | None, key: str) -> tuple[Record, ...]:
     if limit is None or limit >= len(records):
         return tuple(records)
-    if limit < 1:
-        raise TaskError(f"a split of {limit} records was asked for; expected at least 1")
     # A seed of bytes is the same on every machine and under every PYTHONHASHSEED; a folder's name may not be UTF-8.
     rng = random.Random(key.encode("utf-8", "surrogatepass"))
     groups = {label: [record for record in records if record["label"] == label] for label in labels}

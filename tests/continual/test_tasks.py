@@ -114,6 +114,75 @@ def test_datasets_with_a_class_label():
     assert [r["label"] for r in renamed.train] == ["good", "bad", "good"]
 
 
+def class_labels(names, answers):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    rows = {"sentence": [f"text {i}" for i in range(len(answers))], "label": answers}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def found(task) -> dict[str, list[str]]:
+    return {split: [r["label"] for r in getattr(task, split)] for split in ("train", "dev", "test")}
+
+
+ORDERED, TURNED = ["entails", "neutral", "contradicts"], ["contradicts", "entails", "neutral"]
+
+
+@pytest.mark.parametrize("labels", [None, ORDERED, TURNED, ["neutral", "contradicts", "entails"], [*TURNED, "other"]])
+def test_every_split_has_names_of_its_own(labels):
+    task = Task.from_records(
+        "nli",
+        class_labels(ORDERED, [0, 1, 2]),
+        class_labels(TURNED, [0, 1, 2]),
+        dev=class_labels(["neutral", "entails"], [0, 1]),
+        labels=labels,
+    )
+    assert task.labels == tuple(labels or ORDERED)
+    assert found(task) == {"train": ORDERED, "dev": ["neutral", "entails"], "test": TURNED}
+
+
+def test_renamed_labels_follow_the_names():
+    words = ["yes", "perhaps", "no"]
+    task = Task.from_records("nli", class_labels(ORDERED, [0, 1, 2]), class_labels(TURNED, [0, 1, 2]), labels=words)
+    assert found(task) == {"train": words, "dev": [], "test": ["no", "yes", "perhaps"]}
+    one = Task.from_records(
+        "nli", class_labels(ORDERED, [0, 1]), class_labels(TURNED, [0]), labels=[*ORDERED[:2], "no"]
+    )
+    assert found(one)["test"] == ["no"] and one.labels == ("entails", "neutral", "no")
+
+
+def test_splits_without_names_are_read_with_the_labels_or_those_of_train():
+    plain = [{"sentence": "a", "label": 2}]
+    assert found(Task.from_records("nli", class_labels(ORDERED, [0]), plain))["test"] == ["contradicts"]
+    assert found(Task.from_records("nli", plain, plain, labels=TURNED))["test"] == ["neutral"]
+    assert found(Task.from_records("nli", class_labels(ORDERED, [0]), plain, labels=["a", "b", "c"]))["test"] == ["c"]
+    with pytest.raises(TaskError, match=r"test\[0\]: label 2 is 'neutral' by the labels .* 'contradicts' by the names"):
+        Task.from_records("nli", class_labels(ORDERED, [0]), plain, labels=TURNED)
+    # The names of test say nothing about the numbers of train.
+    with pytest.raises(TaskError, match=r"train\[0\]: label 2 is a number; pass labels="):
+        Task.from_records("nli", plain, class_labels(ORDERED, [0]))
+    texts = [{"sentence": str(i), "label": name} for i, name in enumerate(ORDERED)]
+    assert found(Task.from_records("nli", texts, class_labels(TURNED, [0, 2])))["test"] == ["contradicts", "neutral"]
+
+
+@pytest.mark.parametrize(
+    "test_names, labels",
+    [
+        (["entailment", "not_entailment"], None),
+        (["Entails", "Neutral", "Contradicts"], None),
+        (["a", "b", "c"], ["yes", "perhaps", "no"]),
+        (ORDERED, ["yes", "no"]),
+        (ORDERED, ["neutral", "maybe", "contradicts"]),
+    ],
+)
+def test_names_that_are_no_labels_are_refused_with_both(test_names, labels):
+    with pytest.raises(TaskError) as caught:
+        Task.from_records("nli", class_labels(ORDERED, [1, 0]), class_labels(test_names, [0]), labels=labels)
+    message = str(caught.value)
+    assert "task 'nli', t" in message and str(list(labels or ORDERED)) in message
+    assert str(test_names) in message
+
+
 def test_lists_of_records():
     task = Task.from_records("l", RECORDS, RECORDS[:3])
     assert task.labels == ("no", "yes") and task.train == tuple(RECORDS)
@@ -156,8 +225,13 @@ def test_subsets_do_not_depend_on_the_process_hash():
 
 def test_a_subset_larger_than_the_task_is_the_task():
     assert uneven().subset(100, 27) == uneven() == uneven().subset()
-    with pytest.raises(TaskError, match="a split of 0 records"):
-        uneven().subset(0, 1)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, float("nan")])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_size_that_is_no_count_is_named(split, size):
+    with pytest.raises(TaskError, match=f"task 'uneven', {split}: a split of {size!r} records was asked for; expected"):
+        uneven().subset(**{split: size})
 
 
 def test_fingerprints_see_every_change():
