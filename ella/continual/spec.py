@@ -13,8 +13,18 @@ from typing import Any
 
 from ella.config import EllaConfig
 
+from .checks import check_count
 from .docstrings import docstring_tasks
-from .models import LoraSettings, TextClassifier, build_classifier
+from .models import (
+    MIN_LENGTH,
+    LoraSettings,
+    TextClassifier,
+    build_classifier,
+    check_kind,
+    check_temperature,
+    check_template,
+    float_dtype,
+)
 from .stream import ARMS, StreamConfig
 from .tasks import ORDERS, Task, load_benchmark, read_task
 
@@ -36,6 +46,14 @@ class ModelSettings:
     template: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is wrong with any model: nothing need be loaded or read to say it."""
+        check_kind(self.kind)
+        check_count("max_length", self.max_length, MIN_LENGTH)
+        check_temperature(self.temperature)
+        check_template(self.template)
+        float_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -98,15 +116,34 @@ def load_spec(path: str | Path) -> StreamSpec:
 
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_spec(_read_yaml(path.read_text(encoding="utf-8")), path.resolve().parent)
     except FileNotFoundError:
         raise SpecError(f"no stream file at {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not yaml: {error}") from error
-    try:
-        return parse_spec(data, path.resolve().parent)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
+        raise SpecError(f"{path} is not yaml: {error}") from error
+
+
+def _read_yaml(text: str) -> Any:
+    """``yaml.safe_load``, but a key that stands twice is refused instead of the first being forgotten."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        # As the file is read: later a mapping also holds what was merged into it (<<), which its own keys override.
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            lines: dict[Any, int] = {}
+            for key_node, _ in node.value:
+                if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                    continue
+                key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+                if key in lines:
+                    raise SpecError(f"line {line}: key {key!r} stands on line {lines[key]} already; keep one of them")
+                lines[key] = line
+            return node
+
+    return yaml.load(text, Loader)
 
 
 def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
@@ -177,7 +214,8 @@ def _build(kind: type, data: Any, where: str) -> Any:
     try:
         return kind(**data)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"{where}: {error}") from error
+        # Settings that are used without a file too name their section themselves.
+        raise SpecError(str(error) if str(error).startswith(f"{where}.") else f"{where}: {error}") from error
 
 
 def _typed(value: Any, default: Any, annotation: str, where: str) -> Any:
@@ -187,7 +225,7 @@ def _typed(value: Any, default: Any, annotation: str, where: str) -> Any:
     if annotation.startswith("float"):
         try:
             return float(str(value) if isinstance(value, bool) else value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise SpecError(f"{where}: expected a number, found {value!r}") from None
     if annotation.startswith("int") and (not isinstance(value, int) or isinstance(value, bool)):
         raise SpecError(f"{where}: expected an integer, found {value!r}")

@@ -32,6 +32,7 @@ from ella.knowledge import parameters_of, past_of, trained_adapter
 from ella.lora import adapted_layers
 from ella.regularizer import EllaRegularizer
 
+from .checks import check_count, check_number
 from .metrics import NAN, AccuracyMatrix
 from .models import EncodedTask, TextClassifier
 from .state import StreamState
@@ -69,12 +70,16 @@ class StreamConfig:
         if self.evaluate not in ("seen", "all"):
             raise ValueError(f"evaluate is {self.evaluate!r}; expected 'seen' or 'all'")
         for name in ("epochs", "batch_size", "eval_batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected an integer of at least 1")
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate is {self.learning_rate!r}; expected a finite number above 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}; expected a number above 0, or None")
+            check_count(name, getattr(self, name))
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+        if not isinstance(self.dropout, bool):
+            raise ValueError(f"dropout is {self.dropout!r}; expected True or False")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed is {self.seed!r}; expected an integer")
+        norm = self.max_grad_norm
+        if norm is not None and (not isinstance(norm, (int, float)) or isinstance(norm, bool) or not norm > 0):
+            raise ValueError(f"max_grad_norm is {norm!r}; expected a number above 0, or None")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain json."""

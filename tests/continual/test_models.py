@@ -352,6 +352,12 @@ def test_building_errors(bert, monkeypatch):
     for length in (0, 129):
         with pytest.raises(ValueError, match=f"max_length is {length}; expected 4 to the model's 128 positions"):
             build_classifier(bert, max_length=length)
+    with pytest.raises(ValueError, match="temperature must be above 0, found nan; expected a finite number"):
+        build_classifier(bert, temperature=float("nan"))
+    with pytest.raises(ValueError, match="max_length is '64'; expected an integer"):
+        build_classifier(bert, max_length="64")
+    with pytest.raises(ValueError, match=r"lora\.r is 1\.5; expected an integer of at least 1"):
+        LoraSettings(r=1.5)
     built = build_classifier(bert)
     with pytest.raises(ValueError, match="expected a PeftModel with an adapter 'other'"):
         EncoderClassifier(built.model, built.tokenizer, adapter_name="other")

@@ -128,6 +128,25 @@ GOOD = {"tasks": {"docstrings": ["numpy"]}}
         ({**GOOD, "lora": {"r": "8"}}, "lora.r: expected an integer, found '8'"),
         ({**GOOD, "model": {"device": 0}}, "model.device: expected text, found 0"),
         ({**GOOD, "model": {"max_length": None}}, "model.max_length: expected an integer, found None"),
+        ({**GOOD, "lora": {"r": 0}}, "^lora.r is 0; expected an integer of at least 1$"),
+        ({**GOOD, "lora": {"alpha": float("nan")}}, "^lora.alpha is nan; expected a finite number above 0$"),
+        ({**GOOD, "lora": {"alpha": 0}}, "^lora.alpha is 0.0; expected a finite number above 0$"),
+        ({**GOOD, "lora": {"alpha": 10**400}}, "^lora.alpha: expected a number, found 1000"),
+        ({**GOOD, "lora": {"dropout": 1}}, "^lora.dropout is 1.0; expected a finite number of at least 0 and below 1$"),
+        ({**GOOD, "lora": {"dropout": -0.1}}, "^lora.dropout is -0.1; expected"),
+        ({**GOOD, "lora": {"target_modules": ""}}, "^lora.target_modules is ''; expected names of modules"),
+        ({**GOOD, "model": {"temperature": float("nan")}}, "model: temperature must be above 0, found nan"),
+        ({**GOOD, "model": {"temperature": "inf"}}, "model: temperature must be above 0, found inf; expected a finite"),
+        ({**GOOD, "model": {"kind": "tree"}}, "model: unknown model kind 'tree'; expected 'auto' or one of"),
+        ({**GOOD, "model": {"dtype": "int8"}}, "model: unknown dtype 'int8'; expected e.g. 'float32'"),
+        ({**GOOD, "model": {"template": "Answer:"}}, r"model: the prompt template needs the field {sentence} once"),
+        ({**GOOD, "model": {"max_length": -1}}, "model: max_length is -1; expected an integer of at least 4"),
+        (
+            {**GOOD, "training": {"weight_decay": "nan"}},
+            "training: weight_decay is nan; expected a finite number of at",
+        ),
+        ({**GOOD, "training": {"weight_decay": -0.1}}, "training: weight_decay is -0.1; expected"),
+        ({**GOOD, "training": {"max_grad_norm": "nan"}}, "max_grad_norm is nan; expected a number above 0, or None"),
     ],
 )
 def test_mistakes_are_named(data, message):
@@ -145,9 +164,38 @@ def test_files(tmp_path):
     path.write_bytes(b"title: \xff\xfe")
     with pytest.raises(SpecError, match=r"s\.yaml is not yaml"):
         load_spec(path)
+    path.write_text("title: 2024-13-45")
+    with pytest.raises(SpecError, match=r"s\.yaml is not yaml: month must be in 1"):
+        load_spec(path)
     path.write_text("tasks: {docstrings: [numpy]}\nepochs: 3\n")
     with pytest.raises(SpecError, match=r"s\.yaml: the file: unknown keys \['epochs'\]"):
         load_spec(path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("tasks: {folders: [a]}\nseeds: [0]\ntasks: {folders: [b]}", "line 3: key 'tasks' stands on line 1 already"),
+        ("tasks:\n  folders: [a]\n  folders: [b]\n", "line 3: key 'folders' stands on line 2 already; keep one"),
+        ("tasks: {folders: [a]}\nlora: {r: 4, alpha: 8, 'r': 16}", "line 2: key 'r' stands on line 2 already"),
+        ("tasks: {folders: [a]}\nseeds: [{a: 1, a: 1}]", "line 2: key 'a' stands on line 2 already"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(SpecError, match=rf"s\.yaml: {message}"):
+        load_spec(tmp_path / "s.yaml")
+
+
+def test_keys_that_only_look_alike_are_kept(tmp_path):
+    """The same key in two sections, and one that a merged section is overridden by."""
+    path = tmp_path / "s.yaml"
+    path.write_text("tasks: {folders: [a]}\nlora: {<<: {r: 4, dropout: 0.1}, r: 2}\ntraining: {dropout: true}\n")
+    spec = load_spec(path)
+    assert (spec.lora.r, spec.lora.dropout, spec.config.dropout) == (2, 0.1, True)
+    # Merged from one that overrides what it merges itself.
+    path.write_text("tasks: {folders: [a]}\ntraining: {<<: {<<: {epochs: 4}, epochs: 3}, epochs: 2}\n")
+    assert load_spec(path).config.epochs == 2
 
 
 def test_task_folders_start_at_the_file(tmp_path):

@@ -278,7 +278,15 @@ def test_errors(bert):
         ({"eval_batch_size": 2.0}, "eval_batch_size is 2.0"),
         ({"learning_rate": 0}, "learning_rate is 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3'; expected a finite number above 0"),
+        ({"learning_rate": 10**400}, "learning_rate is 1000.*; expected a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; expected a finite number of at least 0"),
+        ({"weight_decay": -1}, "weight_decay is -1;"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; expected a number above 0, or None"),
+        ({"max_grad_norm": "1"}, "max_grad_norm is '1'; expected a number above 0, or None"),
+        ({"batch_size": True}, "batch_size is True; expected an integer"),
+        ({"dropout": "no"}, "dropout is 'no'; expected True or False"),
+        ({"seed": 1.0}, "seed is 1.0; expected an integer"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
