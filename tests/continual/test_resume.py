@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.normalizers import Lowercase
 
 from ella.config import EllaConfig
 from ella.continual.models import LoraSettings, build_classifier
@@ -22,6 +23,7 @@ from . import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = StreamConfig(batch_size=4, ella=EllaConfig(ella_lambda=10.0, normalize="rms"))
+TOUCHED = "base_model.model.encoder.layer.1.output.dense.weight"
 TASKS = tiny.three_tasks(n_train=64, n_test=32)
 
 # The run in a process of its own: the real MiniLM, so that the second task takes seconds.
@@ -146,6 +148,15 @@ def test_another_run_in_the_folder_is_refused(tmp_path, bert):
     refused("model.temperature was 20.0, now 5.0", build(temperature=5.0))
     other = tiny.save_bert(tmp_path / "other", seed=2)
     refused("model.base_fingerprint was", build_classifier(other, lora=LoraSettings(r=4, alpha=8)))
+    # Other weights in one place only, and another tokenizer of the same size, where the first ones were.
+    touched = build()
+    with torch.no_grad():
+        touched.model.get_parameter(TOUCHED)[-1, -1] += 1e-3
+    refused("model.base_fingerprint was", touched)
+    lower = build()
+    lower.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    assert len(lower.tokenizer) == len(build().tokenizer)
+    refused("model.tokenizer_fingerprint was", lower)
     refused(r"order was \['things', 'beings'\], now \['beings', 'things'\]", tasks=tasks[::-1])
     refused("tasks.beings was", tasks=[tasks[0], tasks[1].subset(train=6)])
     assert (tmp_path / "progress.json").read_bytes() == before

@@ -6,13 +6,19 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -70,6 +76,18 @@ def tokenizer(front: str = "", back: str = "") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def word_tokenizer(words: str) -> PreTrainedTokenizerFast:
+    """One token a word, without case and accents; a word that is not among ``words`` is <unk>."""
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *words.split()]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def save_llama(folder: Path, seed: int = 0) -> Path:
     own = tokenizer(front="<s>")
     torch.manual_seed(seed)
@@ -121,6 +139,33 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
         pad_token_id=0,
     )
     return _save(folder, BertModel(config), own)
+
+
+def save_gpt2(folder: Path, positions: int) -> Path:
+    own = tokenizer()
+    torch.manual_seed(0)
+    sizes = {"n_positions": positions, "n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.2}
+    return _save(folder, GPT2LMHeadModel(GPT2Config(vocab_size=len(own), bos_token_id=1, eos_token_id=2, **sizes)), own)
+
+
+def save_bart(folder: Path, positions: int) -> Path:
+    own = tokenizer(front="<s>", back="</s>")
+    torch.manual_seed(0)
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": positions}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(
+        vocab_size=len(own), d_model=32, init_std=0.2, forced_eos_token_id=None, **sizes, **heads, **ids
+    )
+    return _save(folder, BartForConditionalGeneration(config), own)
+
+
+def save_roberta(folder: Path, positions: int) -> Path:
+    own = tokenizer(front="<s>", back="</s>")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=len(own), max_position_embeddings=positions, pad_token_id=1, **sizes)
+    return _save(folder, RobertaModel(config), own)
 
 
 def _save(folder: Path, model: torch.nn.Module, own: PreTrainedTokenizerFast) -> Path:
