@@ -19,7 +19,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,8 @@ def run_stream(
         on_task_end: called with (task index, result so far) once a task is evaluated and saved.
 
     Raises ValueError for no tasks or repeated names, and when ``out_dir`` holds another run (the message lists what
-    differs), the classifier already carries a past, or the loss stops being finite; OSError when another process is
-    running in ``out_dir``, or nothing can be written there.
+    differs), the classifier already carries a past, labels or a record are lost in the tokenizer, or losses, weights or
+    scores stop being finite; OSError when another process is running in ``out_dir``, or nothing can be written there.
     """
     config = config or StreamConfig()
     names = [task.name for task in tasks]
@@ -190,7 +191,7 @@ def _run_tasks(
     on_task_end: Callable[[int, StreamResult], None] | None,
 ) -> StreamResult:
     names = [task.name for task in tasks]
-    test = [classifier.encode(task.test, task.labels) for task in tasks]
+    test = [_encode(classifier, task, "test") for task in tasks]
     saved = state.load() if state else None
 
     if state is None or saved is None:
@@ -200,8 +201,8 @@ def _run_tasks(
         result.dense_bytes, result.layers = _dense_bytes(classifier)
         if untrained is None:
             untrained = [
-                classifier.accuracy(t, config.eval_batch_size)
-                for t in tqdm(test, "untrained", disable=not progress, leave=False)
+                _accuracy(classifier, name, t, config)
+                for name, t in zip(names, tqdm(test, "untrained", disable=not progress, leave=False), strict=True)
             ]
         result.matrix = AccuracyMatrix(names, untrained=list(untrained))
     else:
@@ -214,13 +215,13 @@ def _run_tasks(
         # The adapter a task starts from depends on nothing but the seed and the index: that is what resumes exactly.
         if index > 0 and config.arm != "one":
             _seed_adapter(classifier, config.seed, index)
-        train = classifier.encode(task.train, task.labels)
+        train = _encode(classifier, task, "train")
         label = f"{config.arm}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
         record = {"name": task.name} | _train(classifier, train, regularizer, config, index, label, progress)
         if regularizer is not None:
             regularizer.end_task(task.name)
         start = time.perf_counter()
-        result.matrix.add_row(_evaluate(classifier, test, config, index))
+        result.matrix.add_row(_evaluate(classifier, names, test, config, index))
         record["evaluation_seconds"] = time.perf_counter() - start
         result.tasks.append(record)
         result.state_bytes = _past_bytes(classifier)
@@ -272,8 +273,7 @@ def _train(
                 bar.set_postfix(loss=f"{float(losses[-1]):.3f}", penalty=shown)
     seconds = time.perf_counter() - start
     model.eval()
-    if not math.isfinite(float(losses[-1])):
-        raise ValueError(f"training diverged in {label}: the loss is {float(losses[-1])}; try a lower learning_rate")
+    _check_training(model, torch.stack(losses), label)
     tail = max(1, len(batches) // 5)
     return {
         "steps": len(batches),
@@ -284,7 +284,41 @@ def _train(
     }
 
 
-def _evaluate(classifier: TextClassifier, test: list[EncodedTask], config: StreamConfig, index: int) -> list[float]:
+def _check_training(model: torch.nn.Module, losses: torch.Tensor, label: str) -> None:
+    """One loss that is no number has made all weights so; the last update shows in no loss, only in the weights."""
+    sound = losses.isfinite()
+    if not sound.all():
+        step = int((~sound).nonzero()[0])
+        found = f"the loss is {float(losses[step])} in step {step + 1} of {len(losses)}"
+    else:
+        broken = (n for n, p in model.named_parameters() if p.requires_grad and not p.isfinite().all())
+        found = next((f"{name} is not finite after the last step" for name in broken), None)
+    if found:
+        raise ValueError(f"training diverged in {label}: {found}; try a lower learning_rate")
+
+
+def _encode(classifier: TextClassifier, task: Task, split: str) -> EncodedTask:
+    with _naming(task.name, split):
+        return classifier.encode(getattr(task, split), task.labels)
+
+
+def _accuracy(classifier: TextClassifier, name: str, test: EncodedTask, config: StreamConfig) -> float:
+    with _naming(name, "test"):
+        return classifier.accuracy(test, config.eval_batch_size)
+
+
+@contextmanager
+def _naming(task: str, split: str) -> Iterator[None]:
+    """Says of an error whose records it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"task {task!r}, {split}: {error}") from error
+
+
+def _evaluate(
+    classifier: TextClassifier, names: list[str], test: list[EncodedTask], config: StreamConfig, index: int
+) -> list[float]:
     """Row ``index`` of the matrix: NaN for tasks that the arm and the setting leave out."""
     if config.arm == "alone":
         wanted = {index}
@@ -292,7 +326,7 @@ def _evaluate(classifier: TextClassifier, test: list[EncodedTask], config: Strea
         wanted = set(range(len(test)))
     else:
         wanted = set(range(index + 2))
-    return [classifier.accuracy(t, config.eval_batch_size) if j in wanted else NAN for j, t in enumerate(test)]
+    return [_accuracy(classifier, names[j], t, config) if j in wanted else NAN for j, t in enumerate(test)]
 
 
 def task_seed(seed: int, index: int) -> int:

@@ -269,6 +269,49 @@ def test_errors(bert):
         run_stream(watched(bert), TASKS, replace(CONFIG, arm="one", learning_rate=1e30), progress=False)
 
 
+def spoiled(bert, where: int, value: float) -> Watched:
+    """A classifier whose loss in step ``where`` is ``value``, with an ordinary gradient."""
+    classifier = watched(bert)
+    ordinary = classifier.loss
+
+    def loss(task, rows):
+        kept = ordinary(task, rows)
+        return kept + value if len(classifier.rows) == where + 1 else kept
+
+    classifier.loss = loss
+    return classifier
+
+
+@pytest.mark.parametrize("arm", ["one", "ella"])
+@pytest.mark.parametrize("step, value", [(0, math.inf), (5, math.inf), (STEPS - 1, -math.inf), (STEPS + 3, math.inf)])
+def test_a_loss_that_is_no_number_is_an_error_in_any_step(bert, arm, step, value, tmp_path):
+    name, number = ("1/2 things", step) if step < STEPS else ("2/2 beings", step - STEPS)
+    message = f"training diverged in {arm}/0 {name}: the loss is {value} in step {number + 1} of {STEPS}; try a lower"
+    with pytest.raises(ValueError, match=message):
+        run_stream(spoiled(bert, step, value), TASKS, replace(CONFIG, arm=arm), tmp_path, progress=False)
+    # What was finished before is kept, and nothing of what failed.
+    assert [p.name for p in tmp_path.glob("after-*")] == (["after-1-things"] if step > STEPS else [])
+
+
+@pytest.mark.parametrize("arm", ["one", "fresh", "ella", "alone"])
+def test_the_last_update_is_looked_at(bert, arm):
+    """It shows in no loss: in weights that are no numbers, or in scores of weights that are too large."""
+    tasks = [task.subset(train=8) for task in TASKS]
+    config = replace(CONFIG, arm=arm, epochs=1, learning_rate=1e25)
+    with pytest.raises(ValueError, match=r"diverged in .*: base_model.*lora_\S* is not finite after the last step"):
+        run_stream(watched(bert), tasks, replace(config, weight_decay=1e15), progress=False)
+    with pytest.raises(ValueError, match=r"task 'things', test: the model's scores are not finite for record \d+, "):
+        run_stream(watched(bert), tasks, config, progress=False)
+
+
+def test_what_is_lost_in_the_tokenizer_is_named_with_its_task(bert):
+    bare = watched(bert)
+    bare.tokenizer = tiny.tokenizer()
+    blank = replace(TASKS[1], test=(*TASKS[1].test, {"sentence": "", "label": "bird"}))
+    with pytest.raises(ValueError, match="task 'beings', test: record 32, '', has no tokens"):
+        run_stream(bare, [TASKS[0], blank], CONFIG, progress=False)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
