@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-__all__ = ["compare", "fill", "identity", "main"]
+__all__ = ["compare", "fill", "identity", "main", "place"]
 
 _MANIFEST = "gpu_cache.json"
 
@@ -47,14 +47,17 @@ def identity() -> dict:
 
 
 def compare() -> str:
-    """Whether the cache that was filled ahead fits this installation, in words."""
-    manifest = Path(os.environ.get("TRITON_CACHE_DIR", "")) / _MANIFEST
-    if not os.environ.get("TRITON_CACHE_DIR") or not manifest.exists():
+    """Whether the cache that was filled ahead fits this installation, in words; if it does it is put to use."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    if not folder or not (manifest := Path(folder) / _MANIFEST).exists():
         return "none"
     filled = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
     here = identity()
     different = [name for name in here if here[name] != filled.get(name)]
-    return f"does not fit: {', '.join(different)} differ" if different else "fits"
+    if different:
+        return f"does not fit: {', '.join(different)} differ"
+    place(Path(folder))
+    return "fits"
 
 
 def compile_only(capability: int) -> None:
@@ -138,8 +141,17 @@ def prune(folder: Path) -> None:
             path.unlink()
 
 
+def place(folder: Path) -> None:
+    """Let the cache be found where it lies now: Triton writes down where the files of a kernel are, in full."""
+    for group in folder.glob("*/__grp__*.json"):
+        names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
+        here = {name: str(group.parent.resolve() / name) for name in names if (group.parent / name).exists()}
+        group.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
+
+
 def fill(folder: Path, capability: int = 90, small: bool = False) -> dict:
     """Compile into ``folder``; ``small``: only the first stages' kernels. Returns counts of kernels and failures."""
+    place(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
     os.environ.pop("TRITON_INTERPRET", None)
     compile_only(capability)

@@ -322,3 +322,17 @@ def test_a_cache_filled_ahead_is_taken_wherever_the_sources_lie(tmp_path):
     (compiled, none), (again, taken) = counts
     assert compiled >= 15 and none == 0 and (again, taken) == (0, compiled)
     assert {path.suffix for path in (tmp_path / "carried").glob("*/*")} == {".cubin", ".json"}
+
+
+def test_a_cache_of_another_installation_is_named_as_one(tmp_path, monkeypatch):
+    from bench import gpu_cache
+
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert gpu_cache.compare() == "none"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert gpu_cache.compare() == "none"
+    manifest, identity = tmp_path / "gpu_cache.json", gpu_cache.identity()
+    manifest.write_text(json.dumps({"identity": identity | {"triton_key": "0", "python": "3.0"}}))
+    assert gpu_cache.compare() == "does not fit: python, triton_key differ"
+    manifest.write_text(json.dumps({"identity": identity}))
+    assert gpu_cache.compare() == "fits"
