@@ -23,7 +23,9 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
 
 
-def check_number(name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
+def check_number(
+    name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
     """Raises ValueError unless ``value`` is a finite number within the bounds; those given are named."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     # Compared, not converted: a whole number may be beyond every float.

@@ -287,6 +287,7 @@ def _train(
 def _check_training(model: torch.nn.Module, losses: torch.Tensor, label: str) -> None:
     """One loss that is no number has made all weights so; the last update shows in no loss, only in the weights."""
     sound = losses.isfinite()
+    found: str | None
     if not sound.all():
         step = int((~sound).nonzero()[0])
         found = f"the loss is {float(losses[step])} in step {step + 1} of {len(losses)}"

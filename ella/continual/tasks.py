@@ -86,8 +86,9 @@ class Task:
         """
         given = {"train": train, "dev": dev, "test": test}
         own = {split: _class_names(rows, label_column) for split, rows in given.items()}
-        names = own["train"] if labels is None else [str(label) for label in labels]
+        names = own["train"]
         if labels is not None:
+            names = [str(label) for label in labels]
             own = _renamed(own, names)
         splits = {
             split: tuple(
@@ -226,7 +227,7 @@ def _convert(
             raise TaskError(f"{where}: label {label} is a number; pass labels=[...] to say what it stands for")
         if not 0 <= label < len(names):
             raise TaskError(f"{where}: label {label} is outside the {len(names)} labels {list(names)}")
-        label, number = names[label], label
+        number, label = label, names[label]
         if names_of_train is not None and number < len(names_of_train) and names_of_train[number] != label:
             raise TaskError(
                 f"{where}: label {number} is {label!r} by the labels {list(names)}, {names_of_train[number]!r} by the "
