@@ -82,5 +82,5 @@ def test_the_readme_shows_six_rows_of_one_case_each():
     text = readme.summary(None, None, results(*(row for row, _ in found.values())))
     assert (
         text.count("| tiny, 2x16 tokens, all-linear, fp32, r8 k8, adapter |") == 1
-        and "The whole step on a CPU, " in text
+        and "The whole step on a CPU (`pytest" in text
     )
