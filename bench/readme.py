@@ -70,12 +70,8 @@ def summary(cpu: dict | None, gpu: dict | None, past: dict | None = None) -> str
         lines += ["**CPU**: not measured yet.", ""]
     whole = _whole_step(past["rows"]) if past else []
     if whole:
-        lines += [
-            f"The whole step on a CPU (`pytest -c bench/pytest.ini bench/bench_past.py`), {machine_text(past['machine'])}. {WHOLE_TITLE}:",
-            "",
-            *whole,
-            "",
-        ]
+        where = f"(`pytest -c bench/pytest.ini bench/bench_past.py`), {machine_text(past['machine'])}"
+        lines += [f"The whole step on a CPU {where}. {WHOLE_TITLE}:", "", *whole, ""]
     if gpu is None:
         lines += ["**GPU**: not measured yet (`python -m bench.gpu_check` on a machine that has one)."]
     else:
