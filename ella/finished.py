@@ -249,15 +249,7 @@ class FinishedTasks:
         if TASK not in self.model.peft_config:
             knowledge.add_trained_adapter(self.model, self.config.adapter_name, marker)
         self.model.set_adapter(TASK)
-        stored = {
-            layer.name: StoredLayer(
-                [LowRank(b, a) for a, b in layer.factors(*(p.detach() for p in layer.parameters()))],
-                layer.bias(),
-                [0.0] * len(marker.tasks),
-            )
-            for layer in self.layers
-        }
-        self.install(stored)
+        self.install(self._held_by(self.config.adapter_name, len(marker.tasks)))
 
     def _install_old(self) -> None:
         """The form of version 0.1.0: the past in an adapter "ella_past", the trained one under the user's name."""
@@ -267,17 +259,21 @@ class FinishedTasks:
                 f"the model's adapter 'ella_past' leaves out {len(missing)} of the layers of adapter "
                 f"{self.config.adapter_name!r}: {missing[:8]}"
             )
-        stored = {
-            layer.name: StoredLayer(
-                [LowRank(b, a) for a, b in layer.factors(*(p.detach() for p in layer.parameters("ella_past")))],
-                layer.bias("ella_past"),
-                [0.0],
-            )
-            for layer in self.layers
-        }
+        stored = self._held_by("ella_past", 1)
         self.past.tasks = ["ella_past"]
         self.model.delete_adapter("ella_past")
         self.install(stored)
+
+    def _held_by(self, adapter: str, folds: int) -> dict[str, StoredLayer]:
+        """The factors of an adapter as a past of that many folds in which nothing was dropped."""
+        return {
+            layer.name: StoredLayer(
+                [LowRank(b, a) for a, b in layer.factors(*(p.detach() for p in layer.parameters(adapter)))],
+                layer.bias(adapter),
+                [0.0] * folds,
+            )
+            for layer in self.layers
+        }
 
     def restore(self, directory: str | Path) -> None:
         """:meth:`ella.EllaRegularizer.restore`."""
