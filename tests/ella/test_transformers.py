@@ -40,6 +40,14 @@ def _ids(vocabulary):
     return torch.randint(1, vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+def check_values(reg, total):
+    """Every layer's ``P`` against dense matrices in float64."""
+    new = deltas(reg)
+    for name, value in reg.values().items():
+        want = sum((d * w).square().sum() for d, w in zip(new[name], total[name], strict=True))
+        assert abs(value / want - 1) < 1e-5
+
+
 @pytest.mark.parametrize("build", [qwen_moe, gpt2, t5], ids=["Qwen3-MoE", "GPT-2", "T5"])
 def test_fold_penalty_and_training_step(build):
     torch.manual_seed(0)
@@ -54,10 +62,7 @@ def test_fold_penalty_and_training_step(build):
         reg.end_task(f"task {task}")
         assert relative_error(model(**batch).logits.detach(), before) < 1e-6
     randomise(model, 9)
-    new = deltas(reg)
-    for name, value in reg.values().items():
-        want = sum((d * w).square().sum() for d, w in zip(new[name], total[name], strict=True))
-        assert abs(value / want - 1) < 1e-5
+    check_values(reg, total)
     labels = {"labels": batch["input_ids"]} | batch
     (model(**labels).loss + reg.penalty()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -65,7 +70,7 @@ def test_fold_penalty_and_training_step(build):
 
 
 def test_experts_whose_ranks_reach_their_caps_at_different_tasks(tmp_path):
-    """down_proj is narrower than gate_up_proj, but PEFT knows one rank for both parameters of a module."""
+    """down_proj is narrower than gate_up_proj: each parameter's rank is saved under its own name."""
     base, lora, batch = qwen_moe(moe_intermediate_size=4)
     lora.r = 3
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -85,7 +90,4 @@ def test_experts_whose_ranks_reach_their_caps_at_different_tasks(tmp_path):
         assert relative_error(loaded(**batch).logits.detach(), before) < 1e-6
         again = EllaRegularizer(loaded, reg.config)
         randomise(loaded, 9)
-        new = deltas(again)
-        for name, value in again.values().items():
-            want = sum((d * w).square().sum() for d, w in zip(new[name], total[name], strict=True))
-            assert abs(value / want - 1) < 1e-5
+        check_values(again, total)
