@@ -431,7 +431,7 @@ def profiled(calls: Sequence[Callable]) -> dict[str, list[float]]:
 
 def compiled_kernels() -> dict[str, list[dict]]:
     """Registers, spills, shared memory and warps of every variant of our kernels this process has loaded."""
-    from ella_kernels.kernels import gram_kernels, spectral_kernels, stream_kernels
+    from ella_kernels.triton_backend import gram_kernels, spectral_kernels, stream_kernels
 
     found: dict[str, list[dict]] = {}
     for module in (gram_kernels, stream_kernels, spectral_kernels):

@@ -15,7 +15,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from .grouped import Layer
+from .layer import Layer
 from .prepared import Prepared, prepare
 
 __all__ = [

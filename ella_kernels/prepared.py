@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import gram, spectral, stream
 from .autocast import without_autocast
 from .dispatch import no_kernel, warn_once
-from .grouped import Layer, weight_on
+from .layer import Layer, weight_on
+from .torch_backend import gram, spectral, stream
 
 if TYPE_CHECKING:
-    from . import kernels
+    from . import triton_backend
 
 __all__ = ["Prepared", "prepare"]
 
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     is_partial: bool
-    on_triton: list[kernels.Prepared]
+    on_triton: list[triton_backend.Prepared]
     on_torch: dict[str, list[tuple[int, Layer]]]
 
     @property
@@ -90,10 +90,10 @@ def prepare(layers: Sequence[Layer | None], like: Tensor, backend: str, precisio
     return Prepared((len(layers),), dtype, like.device, is_partial, prepared, on_torch)
 
 
-def _on_triton(algorithm: str, layers: Sequence[Layer], indices: list[int], precision: str) -> kernels.Prepared:
-    from . import kernels
+def _on_triton(algorithm: str, layers: Sequence[Layer], indices: list[int], precision: str) -> triton_backend.Prepared:
+    from . import triton_backend
 
-    return kernels.prepare(algorithm, [layers[i] for i in indices], precision, indices)
+    return triton_backend.prepare(algorithm, [layers[i] for i in indices], precision, indices)
 
 
 def _torch_path(algorithm: str) -> Callable[[Sequence[Layer], Tensor | float], list[Tensor]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .dispatch import interpreted
-from .loops import cuobjdump, inner_loops
+from .sass import cuobjdump, inner_loops
 
 __all__ = ["SHARED_LIMITS", "TARGETS", "Resources", "Unit", "compile_unit", "markdown", "units"]
 
@@ -66,7 +66,7 @@ class Resources(NamedTuple):
 
 def _products(target: str) -> list[str]:
     """What the kernels multiply in on a target: the distinct precisions of dots, and float64 where sums take it."""
-    from .kernels.launch import FAST_FLOAT64, target_precision
+    from .triton_backend.launch import FAST_FLOAT64, target_precision
 
     products = [target_precision(precision, target) for precision in PRECISIONS]
     return list(dict.fromkeys(products)) + ["float64"] * (target in FAST_FLOAT64)
@@ -76,7 +76,7 @@ def units(target: str) -> Iterator[Unit]:
     """Every kernel with every row of the tile tables for ``target``, on the problems the tables were made for."""
     import triton.language as tl
 
-    from .kernels import gram, gram_kernels, spectral, spectral_kernels, stream, stream_kernels, tiles
+    from .triton_backend import gram, gram_kernels, spectral, spectral_kernels, stream, stream_kernels, tiles
 
     side = {name: tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE", "GRAD")} | {"ALIGNED": True}
     other = {f"{name}_2": tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE")}

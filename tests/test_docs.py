@@ -40,7 +40,7 @@ def test_the_letters_are_those_of_the_code():
     text = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| `\S+`(, `\S+`)? \|", line)]
     assert len(rows) > 10
-    in_torch, in_triton = source("ella_kernels"), source("ella_kernels/kernels")
+    in_torch, in_triton = source("ella_kernels/torch_backend"), source("ella_kernels/triton_backend")
     for letter, _, _, torch_names, triton_names in rows:
         for names, code in ((torch_names, in_torch), (triton_names, in_triton)):
             for name in re.findall(r"`(\w+)`", names):
@@ -55,8 +55,8 @@ def test_no_letter_stands_for_two_things():
 
 
 def test_the_page_for_extensions_names_what_there_is():
-    code = source("ella") + source("ella/continual") + source("ella_kernels") + source("ella_kernels/kernels")
-    code += source("tests/kernels") + source("tests/ella") + source("bench")
+    folders = ("ella", "ella/continual", "ella_kernels", "ella_kernels/torch_backend", "ella_kernels/triton_backend")
+    code = "".join(map(source, folders)) + source("tests/kernels") + source("tests/ella") + source("bench")
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     names = {name.rpartition(".")[2] for name in re.findall(r"`(_?[A-Za-z_.]*[A-Z_][A-Za-z_]*)`", text)}
     assert len(names) > 25

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ella_kernels.gram import _Workspace
+from ella_kernels.torch_backend.gram import _Workspace
 
 ALLOCATIONS = {
     "empty": "torch.empty(3, dtype=like.dtype)",
@@ -17,7 +17,9 @@ def allocated(name, module, dtype):
     return eval(ALLOCATIONS[name], {"__name__": module, "torch": torch, "like": torch.zeros(3, dtype=dtype)})
 
 
-@pytest.mark.parametrize("module", ["ella", "ella.past", "ella_kernels.gram", "ella_kernels.kernels.gram"])
+@pytest.mark.parametrize(
+    "module", ["ella", "ella.past", "ella_kernels.torch_backend.gram", "ella_kernels.triton_backend.gram"]
+)
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_floats_of_the_packages_are_nan(name, module):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -31,9 +33,9 @@ def test_others_and_integers_are_left_alone(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, value: filled.append(tensor))
     for module in ("torch.nn.init", "peft.tuners.lora.layer", "ellarium", "tests.kernels.cases"):
         allocated(name, module, torch.float32)
-    assert allocated(name, "ella_kernels.gram", torch.int64).dtype == torch.int64
+    assert allocated(name, "ella_kernels.torch_backend.gram", torch.int64).dtype == torch.int64
     assert not filled
-    allocated(name, "ella_kernels.gram", torch.float32)
+    allocated(name, "ella_kernels.torch_backend.gram", torch.float32)
     assert len(filled) == 1
 
 

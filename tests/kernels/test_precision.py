@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 
 import ella_kernels as ek
 from ella_kernels import repeats
-from ella_kernels.kernels import launch, spectral
+from ella_kernels.triton_backend import launch, spectral
 from tests.kernels.cases import exact, factors, relative_error, vanishing_overlap
 
 # What "auto" promises on a GPU, on every kind of data; "ieee" is tested where it runs.

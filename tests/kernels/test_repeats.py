@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ella_kernels as ek
 from ella_kernels import functional, repeats
-from ella_kernels.kernels import gram_kernels
+from ella_kernels.triton_backend import gram_kernels
 from tests.kernels.cases import BOUND, exact, factors, opcodes, relative_error
 
 OUT, IN, R, K = 9, 12, 4, 3

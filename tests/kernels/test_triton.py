@@ -9,7 +9,7 @@ import torch
 
 import ella_kernels as ek
 from ella_kernels import dispatch, functional, ops
-from ella_kernels.kernels import gram_kernels, plans, tables
+from ella_kernels.triton_backend import gram_kernels, schedule, tables
 from tests.kernels.cases import (
     BOUND,
     SHAPES,
@@ -89,7 +89,7 @@ def test_ieee_is_exact_to_fp32_even_where_terms_cancel(algorithm, kind):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_products_written_out_are_near_fp32(algorithm, r, k, monkeypatch):
     """What "auto" is on tensor cores, on ragged tiles and energies; hard data is in test_precision.py."""
-    from ella_kernels.kernels import launch, spectral
+    from ella_kernels.triton_backend import launch, spectral
 
     for module in (launch, spectral):
         monkeypatch.setattr(module, "dot_precision", lambda *_: "tf32x3")
@@ -335,7 +335,7 @@ def test_a_model_is_three_launches(monkeypatch):
 
 
 def test_gram_work_memory_is_bounded_by_batches(monkeypatch):
-    monkeypatch.setattr(plans, "WORK_BYTES", 40_000)
+    monkeypatch.setattr(schedule, "WORK_BYTES", 40_000)
     launched = count_launches(monkeypatch, gram_kernels)
     cases = [factors(300, 200 + 10 * i, 8, 8, seed=i) for i in range(5)]
     As, Bs, pasts = unzip(cases)
@@ -427,7 +427,7 @@ def test_ranks_beyond_the_kernels_are_refused_or_fall_back():
 
 
 def test_a_weight_on_another_device_is_read_there(monkeypatch):
-    from ella_kernels import kernels
+    from ella_kernels import triton_backend as kernels
 
     given = []
 
@@ -441,7 +441,7 @@ def test_a_weight_on_another_device_is_read_there(monkeypatch):
 
 
 def test_gpu_tensors_are_refused_under_the_interpreter():
-    from ella_kernels.kernels.launch import check_device
+    from ella_kernels.triton_backend.launch import check_device
 
     class OnGpu:
         device = torch.device("cuda", 0)

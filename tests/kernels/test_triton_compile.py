@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from ella_kernels.kernels import tiles
 from ella_kernels.resources import SHARED_LIMITS, TARGETS, Resources, compile_unit, markdown
+from ella_kernels.triton_backend import tiles
 
 # Kernels whose work is a large dot; the others sum.
 MATRIX_KERNELS = {"gram_fwd_kernel_blocks", "gram_bwd_kernel_factors", "stream_kernel_factors"}
@@ -60,7 +60,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 
 JITFunction.run = compile_only
 from ella_kernels import functional, kernels, ops
-from ella_kernels.kernels import gram, launch, spectral, stream
+from ella_kernels.triton_backend import gram, launch, spectral, stream
 from tests.kernels.cases import cast, factors
 
 kernels.check_device = lambda tensor: None
@@ -100,7 +100,7 @@ def test_every_launch_site_passes_the_real_compiler():
 
 
 def test_all_kernels_are_compiled_for_all_targets(compiled):
-    from ella_kernels.kernels import gram_kernels, spectral_kernels, stream_kernels
+    from ella_kernels.triton_backend import gram_kernels, spectral_kernels, stream_kernels
 
     names = {*gram_kernels.__all__, *spectral_kernels.__all__, *stream_kernels.__all__}
     for target in TARGETS:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ella_kernels as ek
-from ella_kernels.grouped import weight_on
+from ella_kernels.layer import weight_on
 from tests.kernels.cases import BOUND, exact, factors, relative_error
 
 ALGORITHMS = ["gram", "stream", "dense", "spectral"]

@@ -1,12 +1,13 @@
-"""Many layers as one problem: the layer record every algorithm takes, and the batching of layers of one shape."""
+"""The record of one layer that every algorithm takes, on every backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+__all__ = ["Layer", "weight_on"]
 
 
 class Layer(NamedTuple):
@@ -59,40 +60,6 @@ class Layer(NamedTuple):
         return no_past or 0 in (out, in_, r)
 
 
-def run_batches(
-    layers: Sequence[Layer], per_batch: Callable[[Layer], int], batch: Callable[[list[Layer]], Tensor]
-) -> list[Tensor]:
-    """Values of ``layers`` from ``batch``, called on up to ``per_batch(layer)`` layers that may be stacked."""
-    groups: dict[tuple, list[int]] = {}
-    for index, layer in enumerate(layers):
-        key = (layer.sizes, layer.dtype, layer.right is None, layer.row_energy is None, layer.grad_A is None)
-        groups.setdefault(key, []).append(index)
-    values: dict[int, Tensor] = {}
-    for indices in groups.values():
-        size = max(1, per_batch(layers[indices[0]]))
-        for start in range(0, len(indices), size):
-            chosen = indices[start : start + size]
-            values.update(zip(chosen, batch([layers[i] for i in chosen]).unbind(), strict=True))
-    return [values[i] for i in range(len(layers))]
-
-
-def stack(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
-    """``(n, …)`` in ``dtype``, contiguous; a single tensor that fits is viewed, not copied."""
-    if len(tensors) == 1:
-        return tensors[0].to(dtype).contiguous().unsqueeze(0)
-    return torch.stack([t.to(dtype) for t in tensors])
-
-
-def shares(energies: Sequence[Tensor]) -> Tensor:
-    """Row energies ``ρ`` over their sum ``τ``, ``(n, out)`` float64; all zero where nothing was dropped.
-
-    Whatever the size of the energies, these are at most 1, where ``1/τ`` may have no number.
-    """
-    rows = stack(energies)
-    total = rows.sum(1, keepdim=True)
-    return torch.where(total == 0, 0, rows / total)
-
-
 def weight_on(device: torch.device, weight: Tensor | float) -> Tensor | float:
     """A weight as every algorithm takes it: a number, or a 0-dim float32 or float64 tensor on ``device``.
 
@@ -107,12 +74,3 @@ def weight_on(device: torch.device, weight: Tensor | float) -> Tensor | float:
     if is_own and weight.device == device and weight.dtype in (torch.float32, torch.float64):
         return weight
     return weight.to(device, torch.float64, copy=True)
-
-
-def deliver(targets: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Add each gradient, float32 or float64, to its target; the sum is formed in the wider dtype and rounded once."""
-    if len(set(map(Tensor.data_ptr, targets))) == len(targets):
-        torch._foreach_add_(list(targets), list(grads))
-        return
-    for target, grad in zip(targets, grads, strict=True):
-        target.add_(grad)

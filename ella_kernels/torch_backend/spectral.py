@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grouped import Layer, deliver, run_batches, stack
+from ..layer import Layer
+from .batching import deliver, run_batches, stack
 from .powers import narrowed
 
 __all__ = ["spectral"]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..grouped import Layer
+from ..layer import Layer
 from . import records
 from .launch import TL_DTYPES, capturing, current_stream
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..grouped import Layer
+from ..layer import Layer
 from .launch import multiprocessors
 from .tables import batches, float_bits, is_aligned, side_classes, side_record, to_device
 

@@ -1,4 +1,5 @@
-"""Reading one side of a layer from the side table, and tiles of its operands in either memory order."""
+"""Device functions that the kernels share: a side's operands by tiles in either memory order, products of components,
+and the numbering of unordered pairs of them."""
 
 from __future__ import annotations
 
@@ -25,9 +26,12 @@ __all__ = [
     "add_tile",
     "count_rows",
     "inverse_or_zero",
+    "load_products",
     "load_scaling",
     "load_tile",
     "load_weight",
+    "n_pairs",
+    "pair_index",
     "side_energy",
     "side_factor",
     "side_grad",
@@ -145,3 +149,39 @@ def store_value(p_layer, p_partials, n_slices, p_values, SLICES: tl.constexpr):
     scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
     value = tl.sum(b_value) * scaling * scaling
     tl.store(p_values + tl.load(p_layer + LAYER_VALUE), value.to(p_values.dtype.element_ty))
+
+
+@triton.jit
+def load_products(
+    p_x, s_xr, s_xc, first_x, p_y, s_yr, s_yc, first_y, o_row, m_row, NX: tl.constexpr, NY: tl.constexpr,
+    BM: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """``[BM, TX * TY]`` products ``x[i, a]·y[i, c]`` in column ``(a, c)``, components from ``first_x``, ``first_y``.
+
+    Two narrow tiles are read and multiplied out in registers. ``NX``, ``NY``: how many components there are; products
+    beyond are zero.
+    """
+    b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, first_x + tl.arange(0, TX), NX, ACC, LAST)
+    b_y = load_tile(p_y, s_yr, s_yc, o_row, m_row, first_y + tl.arange(0, TY), NY, ACC, LAST)
+    return tl.reshape(b_x[:, :, None] * b_y[:, None, :], (BM, TX * TY))
+
+
+@triton.jit
+def pair_index(o_a, o_b, N: tl.constexpr, STEP: tl.constexpr):
+    """Index of the pair ``(a, b)`` of N components, elementwise; :func:`n_pairs` of them.
+
+    Pairs within a block of STEP components are ordered, (a, b) and (b, a); pairs of different blocks are unordered,
+    and a's block must be the first. In one row ``a`` they are contiguous. STEP = 1: all unordered pairs, a ≤ b.
+    """
+    o_block = o_a // STEP * STEP
+    o_row = o_block * N - o_block * (o_block - STEP) // 2 + (o_a - o_block) * (N - o_block)
+    return o_row + (o_b - o_block)
+
+
+def n_pairs(n: int, step: int) -> int:
+    """How many pairs :func:`pair_index` numbers.
+
+    >>> n_pairs(8, 1), n_pairs(8, 8), n_pairs(16, 8)
+    (36, 64, 192)
+    """
+    return sum(n - a // step * step for a in range(n))

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..dispatch import device_key
-from ..grouped import Layer
+from ..layer import Layer
 from . import records
 from . import stream_kernels as kernels
 from .launch import TL_DTYPES, arithmetic, weight_arguments

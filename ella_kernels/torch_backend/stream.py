@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .grouped import Layer, deliver, shares, stack
+from ..layer import Layer
+from .batching import deliver, shares, stack
 from .powers import operand_units, over
 
 __all__ = ["hadamard_stream"]

@@ -10,10 +10,10 @@ import triton
 from torch import Tensor
 
 from ..dispatch import device_key
-from ..grouped import Layer
+from ..layer import Layer
 from . import spectral_kernels as kernels
 from .launch import TL_DTYPES, dot_precision, sums_dtype, weight_arguments
-from .plans import Plan, Work, make_plans
+from .schedule import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
 from .tiles import SpectralTile, spectral_tile
 

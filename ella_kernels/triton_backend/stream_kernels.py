@@ -12,7 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dots import dot
+from .primitives import (
+    add_tile,
+    count_rows,
+    inverse_or_zero,
+    load_scaling,
+    load_tile,
+    load_weight,
+    side_energy,
+    side_factor,
+    side_grad,
+    side_past,
+)
 from .records import (
     ENERGY_PTR,
     ENERGY_ROW,
@@ -30,18 +41,7 @@ from .records import (
     SCALING_BITS,
     SIDE,
 )
-from .sides import (
-    add_tile,
-    count_rows,
-    inverse_or_zero,
-    load_scaling,
-    load_tile,
-    load_weight,
-    side_energy,
-    side_factor,
-    side_grad,
-    side_past,
-)
+from .split_dot import dot
 
 __all__ = ["stream_kernel_factors", "stream_kernel_values"]
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import device_key, interpreted
-from ..grouped import Layer
+from ..layer import Layer
 
 __all__ = [
     "FAST_FLOAT64",
@@ -83,8 +83,8 @@ def multiprocessors(device: torch.device) -> int:
 def target_precision(precision: str, target: str) -> str:
     """``input_precision`` of the kernels' fp32 dots on a target such as "sm_90" or "gfx942".
 
-    "auto" is compensated products (:mod:`dots`; stream takes bf16 for most of its own) where tensor cores have tf32,
-    else exact fp32: terms cancel once training has driven the overlap down, and plain tf32 would be off by a per cent.
+    "auto" is compensated products (:mod:`split_dot`; stream takes bf16 for most of its own) where tensor cores have
+    tf32, else exact fp32: terms cancel once training has driven the overlap down, and plain tf32 is off by a per cent.
     """
     # Triton has no compensated products for the tf32 (xf32) of gfx942, whose exact ones are matrix instructions anyway.
     if not target.startswith("sm_") or int(target[3:]) < 80:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ella_kernels.loops import Loop, inner_loops
+from ella_kernels.sass import Loop, inner_loops
 
 
 def sass(*operations):

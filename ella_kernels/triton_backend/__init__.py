@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..grouped import Layer, weight_on
+from ..layer import Layer, weight_on
 from .gram import prepare_gram
 from .launch import check_device, device_guard
 from .spectral import prepare_spectral

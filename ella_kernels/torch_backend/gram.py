@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grouped import Layer, deliver, run_batches, shares, stack
+from ..layer import Layer
+from .batching import deliver, run_batches, shares, stack
 from .powers import narrowed, operand_units, over
 
 __all__ = ["hadamard_gram"]

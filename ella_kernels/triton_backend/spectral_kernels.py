@@ -11,7 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dots import dot
+from .primitives import (
+    add_tile,
+    count_rows,
+    load_scaling,
+    load_tile,
+    load_weight,
+    side_factor,
+    side_grad,
+    side_past,
+    store_value,
+)
 from .records import (
     COL_CHUNKS,
     COL_SLOT,
@@ -28,17 +38,7 @@ from .records import (
     SCALING_BITS,
     SIDE,
 )
-from .sides import (
-    add_tile,
-    count_rows,
-    load_scaling,
-    load_tile,
-    load_weight,
-    side_factor,
-    side_grad,
-    side_past,
-    store_value,
-)
+from .split_dot import dot
 
 __all__ = ["spectral_bwd_kernel_factors", "spectral_fwd_kernel_blocks", "spectral_fwd_kernel_reduce"]
 

@@ -14,8 +14,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dots import dot, dot_self
-from .pairs import load_products, pair_index
+from .primitives import (
+    add_tile,
+    count_rows,
+    inverse_or_zero,
+    load_products,
+    load_scaling,
+    load_tile,
+    load_weight,
+    pair_index,
+    side_energy,
+    side_factor,
+    side_grad,
+    side_past,
+    store_value,
+)
 from .records import (
     COL_CHUNKS,
     COL_SLOT,
@@ -36,19 +49,7 @@ from .records import (
     SCALING_BITS,
     SIDE,
 )
-from .sides import (
-    add_tile,
-    count_rows,
-    inverse_or_zero,
-    load_scaling,
-    load_tile,
-    load_weight,
-    side_energy,
-    side_factor,
-    side_grad,
-    side_past,
-    store_value,
-)
+from .split_dot import dot, dot_self
 
 __all__ = ["gram_bwd_kernel_factors", "gram_fwd_kernel_blocks", "gram_fwd_kernel_reduce"]
 

@@ -10,11 +10,11 @@ import triton
 from torch import Tensor
 
 from ..dispatch import device_key
-from ..grouped import Layer
+from ..layer import Layer
 from . import gram_kernels as kernels
 from .launch import TL_DTYPES, arithmetic, weight_arguments
-from .pairs import n_pairs
-from .plans import Plan, Work, make_plans
+from .primitives import n_pairs
+from .schedule import Plan, Work, make_plans
 from .tables import address_key, cached, side_classes
 from .tiles import GramTile, gram_tile
 
