@@ -93,9 +93,9 @@ class Fit(NamedTuple):
 
 def signature_memory() -> int:
     """How many in-place calls are recognised at once: more operand sets in turns would be checked every time."""
-    from ella_kernels import repeats
+    from ella_kernels.recognition import MAX_CALLS
 
-    return getattr(repeats, "_MAX_CALLS", 8)
+    return MAX_CALLS
 
 
 def n_sets(name: str, sizes: Sequence[Size], cache_bytes: int) -> int:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 import ella_kernels as ek
-from ella_kernels import repeats
+from ella_kernels import functional
+from ella_kernels.recognition import Memory
 
 from . import gpu_plan, measure
 from .gpu_plan import OURS
@@ -357,21 +358,21 @@ def _eager_rows(context, case, rows, calls, limits, stage, cache) -> Iterator[di
 
 def unrecognised(calls: Sequence[Sequence[Callable]]) -> int:
     """How many calls were checked anew when all operand sets of all ways were called in turns, as they were timed."""
-    plain, missed = repeats.find, 0
+    plain, missed = Memory.find, 0
 
-    def counted(signature):
+    def counted(memory, signature):
         nonlocal missed
-        choice = plain(signature)
-        missed += choice is None
-        return choice
+        made, moved_by = plain(memory, signature)
+        missed += made is None
+        return made, moved_by
 
-    repeats.find = counted
+    Memory.find = counted
     try:
         for each in calls:
             for call in each:
                 call()
     finally:
-        repeats.find = plain
+        Memory.find = plain
     return missed
 
 
@@ -385,7 +386,7 @@ def host_seconds(calls: Sequence[Callable], forget: bool = False, rounds: int = 
     for i in range(rounds):
         torch.cuda.synchronize()
         if forget:
-            repeats._calls[:] = []
+            functional._MEMORY.clear()
         begin = time.perf_counter()
         calls[i % len(calls)]()
         found.append(time.perf_counter() - begin)

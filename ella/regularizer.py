@@ -66,6 +66,7 @@ class EllaRegularizer:
         self._penalised = [layer for layer in self._layers if layer.tied_to is None]
         self._linear = LinearLayers(self._penalised)
         self._terms = Terms(self.config, self._penalised, self._linear)
+        self._plan = ek.Plan(self.config.penalty)
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -101,7 +102,7 @@ class EllaRegularizer:
         """
         operands = self._operands(training=True)
         weight = self._weight() * scale
-        add_ = ek.add_spectral_grad_ if self.config.penalty == "spectral" else ek.add_hadamard_grad_
+        add_ = self._plan.add_grad_
         parameters = self._linear.trainable(self.adapter)
         if parameters is not None:
             into, n = gradients(parameters), len(self._penalised)

@@ -20,11 +20,13 @@ from .functional import (
     spectral_penalty_grouped,
 )
 from .lowrank import LowRank, truncate
+from .plan import Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LowRank",
+    "Plan",
     "add_hadamard_grad_",
     "add_spectral_grad_",
     "hadamard_penalty",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
+    "ABSENT",
     "ALGORITHMS",
     "BACKENDS",
     "PRECISIONS",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 ALGORITHMS = ("auto", "gram", "stream", "dense")
+# What a layer without a past has in place of an algorithm.
+ABSENT = "none"
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("auto", "ieee", "tf32")
 # Two fp32 blocks of this size are 8 MB, the largest work memory one layer may ask for.

@@ -11,24 +11,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
 
+from .dispatch import ABSENT
 from .layer import Layer
 from .prepared import Prepared, prepare
+from .recognition import Memory, layout
+from .tracing import has_tangents, is_forward_over, is_transformed
 
 __all__ = [
     "SECOND_ORDER",
+    "add_grads_",
     "add_penalty_grad_",
-    "differentiable_penalty",
-    "has_tangents",
-    "is_transformed",
+    "differentiable_values",
     "penalty",
-    "prepare_group",
+    "values_and_grads",
 ]
 
-ABSENT = "none"
 SECOND_ORDER = (
     "ella_kernels: second-order derivatives of a penalty are not supported, its gradient is a closed form that is not "
     "differentiated; use ella_kernels.reference for them on small layers"
@@ -37,31 +35,31 @@ SECOND_ORDER = (
 CODES = (ABSENT, "gram", "stream", "dense", "spectral")
 
 
-def prepare_group(
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    row_energies: Sequence[Tensor],
-    col_energies: Sequence[Tensor],
-    scalings: Sequence[float],
-    codes: Sequence[int],
-    grads_A: Sequence[Tensor],
-    grads_B: Sequence[Tensor],
-    backend: str,
-    precision: str,
-) -> Prepared:
-    """The operands of an op up to its launches; empty ``grads_A``, ``grads_B`` where only values are wanted."""
-    layers = [
-        None
-        if CODES[code] == ABSENT
-        else Layer(
+# What was made for the last few calls that arrived through the dispatcher.
+_MEMORY = Memory()
+
+
+def _lists(layers: Sequence[Layer]) -> tuple:
+    """Operands as the ops take them, in parallel lists; one placeholder of three dimensions for all that is absent."""
+    absent = layers[0].lora_A.new_empty(0, 0, 0)
+    pasts = ([absent if t is None else t for t in column] for column in zip(*(x.past for x in layers), strict=True))
+    return (
+        [layer.lora_A for layer in layers],
+        [layer.lora_B for layer in layers],
+        *pasts,
+        [layer.scaling for layer in layers],
+        [CODES.index(layer.algorithm) for layer in layers],
+    )
+
+
+def _layers(lists: Sequence, grads_A: Sequence[Tensor], grads_B: Sequence[Tensor]) -> list[Layer]:
+    """What :func:`_lists` was given, with targets where there are any."""
+    lora_As, lora_Bs, *pasts, scalings, codes = lists
+    return [
+        Layer(
             lora_As[i],
             lora_Bs[i],
-            lefts[i],
-            rights[i] if rights[i].ndim == 2 else None,
-            row_energies[i] if row_energies[i].numel() else None,
-            col_energies[i] if col_energies[i].numel() else None,
+            *(column[i] if column[i].ndim < 3 else None for column in pasts),
             scalings[i],
             CODES[code],
             grads_A[i] if len(grads_A) else None,
@@ -69,14 +67,28 @@ def prepare_group(
         )
         for i, code in enumerate(codes)
     ]
-    like = _widest(lora_As, lora_Bs, (lefts, rights, row_energies, col_energies), codes)
-    return prepare(layers, like, backend, precision)
 
 
-def _widest(lora_As, lora_Bs, pasts: Sequence[Sequence[Tensor]], codes: Sequence[int]) -> Tensor:
-    """A float64 operand, if there is one: the values are then float64."""
+def _run(lists: Sequence, grads_A: Sequence[Tensor], grads_B: Sequence[Tensor], weight, *options: str) -> Tensor:
+    if options[0] == "torch":
+        return prepare(_layers(lists, grads_A, grads_B), *options).run(weight)
+    *operands, scalings, codes = lists
+    read = [t for column in operands for t in column]
+    found = layout([*grads_A, *grads_B], read, len(grads_A), tuple(scalings), tuple(codes), options)
+    prepared: Prepared | None
+    prepared, moved_by = _MEMORY.find(found)
+    if prepared is None:
+        prepared = prepare(_layers(lists, grads_A, grads_B), *options)
+        if not prepared.holds_operands:
+            _MEMORY.add(found, prepared)
+    return prepared.run(weight, moved_by)
+
+
+def _widest(lora_As, lora_Bs, pasts: Sequence[Sequence[Tensor]], codes: Sequence[int]) -> torch.dtype:
+    """float64 as soon as an operand is: the dtype of the values."""
     read = (t for column in pasts for t, code in zip(column, codes, strict=True) if CODES[code] != ABSENT)
-    return next((t for t in (*lora_As, *lora_Bs, *read) if t.dtype == torch.float64), lora_As[0])
+    is_wide = any(t.dtype == torch.float64 for t in (*lora_As, *lora_Bs, *read))
+    return torch.float64 if is_wide else torch.float32
 
 
 @torch.library.custom_op("ella_kernels::penalty", mutates_args=())
@@ -99,11 +111,8 @@ def penalty(
     if with_grad:
         # A launch for many tensors, not one for each; outputs of an op may not share one allocation.
         torch._foreach_zero_([*grads_A, *grads_B])
-    prepared = prepare_group(
-        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B,
-        backend, precision,
-    )  # fmt: skip
-    return prepared.run(1.0), grads_A, grads_B
+    lists = (lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes)
+    return _run(lists, grads_A, grads_B, 1.0, backend, precision), grads_A, grads_B
 
 
 def _grad_dtype(factor: Tensor) -> torch.dtype:
@@ -115,8 +124,8 @@ def _grad_dtype(factor: Tensor) -> torch.dtype:
 def _(
     lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, with_grad, backend, precision
 ):  # fmt: skip
-    like = _widest(lora_As, lora_Bs, (lefts, rights, row_energies, col_energies), codes)
-    values = torch.empty(len(lora_As), dtype=_grad_dtype(like), device=like.device)
+    dtype = _widest(lora_As, lora_Bs, (lefts, rights, row_energies, col_energies), codes)
+    values = torch.empty(len(lora_As), dtype=dtype, device=lora_As[0].device)
     if not with_grad:
         return values, [], []
     return values, *(
@@ -205,40 +214,32 @@ class _Penalty(torch.autograd.Function):
         raise RuntimeError("ella_kernels: a penalty cannot be vmapped; give all layers to one grouped call")
 
 
-def differentiable_penalty(
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    row_energies: Sequence[Tensor],
-    col_energies: Sequence[Tensor],
-    *options,
-) -> Tensor:
-    """Values of :func:`penalty` that know their derivatives: ``options`` are its other arguments.
+def differentiable_values(layers: Sequence[Layer], backend: str, precision: str) -> Tensor:
+    """Values ``(n,)`` that know their derivatives.
 
     Raises:
         RuntimeError: when differentiated twice.
     """
     if is_transformed() and is_forward_over():
         raise RuntimeError(SECOND_ORDER)
-    return _Penalty.apply(options, *lora_As, *lora_Bs, *lefts, *rights, *row_energies, *col_energies)[0]
+    *operands, scalings, codes = _lists(layers)
+    tensors = [t for column in operands for t in column]
+    return _Penalty.apply((scalings, codes, True, backend, precision), *tensors)[0]
 
 
-def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward mode sees this call: a registered op they would differentiate to zero."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or has_tangents()
+def values_and_grads(
+    layers: Sequence[Layer], with_grad: bool, backend: str, precision: str
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """:func:`penalty` of checked layers."""
+    return penalty(*_lists(layers), with_grad, backend, precision)
 
 
-def has_tangents() -> bool:
-    """Whether a level of forward mode is open, by ``torch.func.jvp`` or without it."""
-    return forward_ad._current_level >= 0
-
-
-def is_forward_over() -> bool:
-    """Whether ``torch.func`` takes tangents of a derivative that it takes inside."""
-    kinds = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
-    inner = kinds[kinds.index(TransformType.Jvp) + 1 :] if TransformType.Jvp in kinds else []
-    return TransformType.Grad in inner or TransformType.Jvp in inner
+@torch.no_grad()
+def add_grads_(layers: Sequence[Layer], weight: Tensor | float, backend: str, precision: str) -> Tensor:
+    """:func:`add_penalty_grad_` of checked layers with targets."""
+    targets = [layer.grad_A for layer in layers], [layer.grad_B for layer in layers]
+    tensor, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+    return add_penalty_grad_(*_lists(layers), *targets, tensor, factor, backend, precision)
 
 
 @torch.library.custom_op("ella_kernels::add_penalty_grad_", mutates_args=("grads_A", "grads_B"))
@@ -259,11 +260,8 @@ def add_penalty_grad_(
     precision: str,
 ) -> Tensor:
     """Adds ``weight · ∂P`` (``factor · ∂P`` if no tensor is given) in place; returns the unweighted values ``(n,)``."""
-    prepared = prepare_group(
-        lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes, grads_A, grads_B,
-        backend, precision,
-    )  # fmt: skip
-    return prepared.run(factor if weight is None else weight)
+    lists = (lora_As, lora_Bs, lefts, rights, row_energies, col_energies, scalings, codes)
+    return _run(lists, grads_A, grads_B, factor if weight is None else weight, backend, precision)
 
 
 @add_penalty_grad_.register_fake

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,67 +13,76 @@ from .dispatch import no_kernel, warn_once
 from .layer import Layer, weight_on
 from .torch_backend import gram, spectral, stream
 
-if TYPE_CHECKING:
-    from . import triton_backend
+__all__ = ["Launches", "Prepared", "prepare"]
 
-__all__ = ["Prepared", "prepare"]
+
+class Launches(Protocol):
+    """What the Triton backend makes of layers that share kernels: device tables and compile-time constants."""
+
+    def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None: ...
 
 
 class Prepared(NamedTuple):
-    """Checked layers, ready to run.
+    """Checked layers, ready to run; with launches only, as often as the operands stay where they are.
 
     Attributes:
-        shape, dtype, device: of the values.
+        n_layers, dtype, device: of the values.
         is_partial: some values are zero without being computed.
-        on_triton: one per algorithm.
+        launches: of each class of layers, and the address its gradients are relative to.
+        guard: the context launches are made in.
         on_torch: per algorithm, the layers without a kernel and where their values go.
+        copies: layers whose operands had to be converted, alive until the launches that read them are queued. Their
+            values are those of one call.
     """
 
-    shape: tuple[int]
+    n_layers: int
     dtype: torch.dtype
     device: torch.device
     is_partial: bool
-    on_triton: list[triton_backend.Prepared]
+    launches: list[tuple[Launches, int]]
+    guard: Callable[[Tensor], Any] | None
     on_torch: dict[str, list[tuple[int, Layer]]]
+    copies: list[Layer]
 
     @property
     def holds_operands(self) -> bool:
         """Whether tensors of the caller, or values made from them, are in here; else only their addresses are."""
-        return bool(self.on_torch) or any(prepared.copies for prepared in self.on_triton)
+        return bool(self.on_torch or self.copies)
 
     def run(self, weight: Tensor | float, moved_by: int = 0) -> Tensor:
-        """The values; ``weight`` times the gradients is added to the layers' targets.
+        """The values ``(n_layers,)``; ``weight`` times the gradients is added to the layers' targets.
 
         Args:
             weight: a number or a real 0-dim tensor, of any dtype and on any device.
             moved_by: bytes by which all targets lie elsewhere than when this was prepared; 0 if it holds operands.
         """
-        values = (torch.zeros if self.is_partial else torch.empty)(self.shape, dtype=self.dtype, device=self.device)
+        values = (torch.zeros if self.is_partial else torch.empty)(self.n_layers, dtype=self.dtype, device=self.device)
+        weight = weight_on(self.device, weight)
         with without_autocast(self.device):
-            for prepared in self.on_triton:
-                prepared.run(weight, values, moved_by)
+            if self.guard is not None:
+                with self.guard(values):
+                    for launches, grad_base in self.launches:
+                        launches.launch(weight, values, grad_base + moved_by)
             for algorithm, placed in self.on_torch.items():
-                wide = weight_on(self.device, weight)
-                wide = wide.double() if isinstance(wide, Tensor) else wide
+                wide = weight.double() if isinstance(weight, Tensor) else weight
                 found = _torch_path(algorithm)([layer for _, layer in placed], wide)
                 for (index, _), value in zip(placed, found, strict=True):
                     values[index] = value
         return values
 
 
-def prepare(layers: Sequence[Layer | None], like: Tensor, backend: str, precision: str) -> Prepared:
-    """Sort layers by algorithm and backend and find their tables.
+def prepare(layers: Sequence[Layer], backend: str, precision: str) -> Prepared:
+    """Sort layers by algorithm and backend, and make the tables of those that have a kernel.
 
     Args:
-        layers: checked; None marks a layer without a past.
-        like: an operand of the widest dtype among them, which the values take, or float32.
+        layers: checked, on one device.
         backend: "torch", "triton", or "auto": Triton wherever it has a kernel.
         precision: "auto", "ieee" or "tf32".
     """
     on_triton: dict[str, list[int]] = {}
     on_torch: dict[str, list[tuple[int, Layer]]] = {}
     for index, layer in enumerate(layers):
-        if layer is None or layer.is_zero:
+        if layer.is_zero:
             continue
         _, _, r, k = layer.sizes
         reason = None if backend == "torch" else no_kernel(layer.algorithm, r, k)
@@ -83,17 +92,26 @@ def prepare(layers: Sequence[Layer | None], like: Tensor, backend: str, precisio
             on_torch.setdefault(layer.algorithm, []).append((index, layer))
         else:
             on_triton.setdefault(layer.algorithm, []).append(index)
-    is_partial = sum(map(len, on_triton.values())) < len(layers)
-    with without_autocast(like.device):
-        prepared = [_on_triton(algorithm, layers, indices, precision) for algorithm, indices in on_triton.items()]
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return Prepared((len(layers),), dtype, like.device, is_partial, prepared, on_torch)
+    device, launches, copies, guard = layers[0].lora_A.device, [], [], None
+    if on_triton:
+        from . import triton_backend
 
-
-def _on_triton(algorithm: str, layers: Sequence[Layer], indices: list[int], precision: str) -> triton_backend.Prepared:
-    from . import triton_backend
-
-    return triton_backend.prepare(algorithm, [layers[i] for i in indices], precision, indices)
+        guard = triton_backend.guard
+        with without_autocast(device), guard(layers[0].lora_A):
+            for algorithm, indices in on_triton.items():
+                made, converted = triton_backend.prepare(algorithm, [layers[i] for i in indices], precision, indices)
+                launches += made
+                copies += converted
+    return Prepared(
+        len(layers),
+        torch.float64 if any(layer.dtype == torch.float64 for layer in layers) else torch.float32,
+        device,
+        sum(map(len, on_triton.values())) < len(layers),
+        launches,
+        guard,
+        on_torch,
+        copies,
+    )
 
 
 def _torch_path(algorithm: str) -> Callable[[Sequence[Layer], Tensor | float], list[Tensor]]:

@@ -58,7 +58,8 @@ class _Span(NamedTuple):
 
 
 def check_apart(
-    targets: Sequence[tuple[str, Sequence[Tensor], Sequence[Tensor]]], operands: Sequence[tuple[str, Sequence[Tensor]]]
+    targets: Sequence[tuple[str, Sequence[Tensor], Sequence[Tensor]]],
+    operands: Sequence[tuple[str, Sequence[Tensor | None]]],
 ) -> None:
     """Refuse targets that share memory with each other or with what is read.
 
@@ -66,7 +67,7 @@ def check_apart(
 
     Args:
         targets: name of a list, the list, and the factors that it has the gradients of.
-        operands: name of a list, and the list.
+        operands: name of a list, and the list; absent ones are None.
 
     Raises:
         ValueError: naming a target and what it shares memory with.
@@ -75,9 +76,9 @@ def check_apart(
     for name, tensors, factors in targets:
         for i, (tensor, factor) in enumerate(zip(tensors, factors, strict=True)):
             _add(spans, f"{name}[{i}]", tensor, (name, factor.data_ptr(), factor.shape, factor.stride()))
-    for name, tensors in operands:
-        for i, tensor in enumerate(tensors):
-            _add(spans, f"{name}[{i}]", tensor, None)
+    for name, read in operands:
+        for i, operand in enumerate(read):
+            _add(spans, f"{name}[{i}]", operand, None)
     cluster: list[_Span] = []
     stop = 0
     for span in [*sorted(spans.values()), None]:
@@ -89,10 +90,10 @@ def check_apart(
             stop = max(stop, span.stop)
 
 
-def _add(spans: dict[tuple, _Span], name: str, tensor: Tensor, role: tuple | None) -> None:
-    start, itemsize = tensor.data_ptr(), tensor.dtype.itemsize
-    if tensor.numel() == 0 or start == 0:
+def _add(spans: dict[tuple, _Span], name: str, tensor: Tensor | None, role: tuple | None) -> None:
+    if tensor is None or tensor.numel() == 0 or tensor.data_ptr() == 0:
         return
+    start, itemsize = tensor.data_ptr(), tensor.dtype.itemsize
     steps = tuple((n, itemsize * step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
     stop = start + sum((n - 1) * step for n, step in steps) + itemsize
     spans.setdefault((start, steps, itemsize, role), _Span(start, stop, name, steps, itemsize, role))

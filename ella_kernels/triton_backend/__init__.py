@@ -3,20 +3,21 @@ environment."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..layer import Layer, weight_on
+from ..layer import Layer
+from ..prepared import Launches
 from .gram import prepare_gram
 from .launch import check_device, device_guard
 from .spectral import prepare_spectral
 from .stream import prepare_stream
 from .tables import gradient_base, group_by_class
 
-__all__ = ["Launches", "Prepared", "prepare"]
+__all__ = ["guard", "prepare"]
 
 _ALGORITHMS = {
     "gram": prepare_gram,
@@ -26,57 +27,40 @@ _ALGORITHMS = {
 }
 
 
-class Launches(Protocol):
-    """What an algorithm makes of the layers of one class: device tables and compile-time constants, no operand."""
+@contextmanager
+def guard(like: Tensor) -> Iterator[None]:
+    """Where launches for the device of ``like`` are made.
 
-    def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None: ...
-
-
-class Prepared(NamedTuple):
-    """Layers of one algorithm and device up to their launches; runs as often as the operands stay where they are.
-
-    Attributes:
-        classes: the launches of each class and the address its gradients are relative to.
-        copies: layers whose operands had to be converted, alive until the launches that read them are queued. Their
-            values are those of this call: with copies it runs once.
+    Raises:
+        ValueError: the kernels cannot run on that device.
     """
-
-    classes: list[tuple[Launches, int]]
-    copies: list[Layer]
-
-    def run(self, weight: Tensor | float, values: Tensor, moved_by: int = 0) -> None:
-        """Values into their positions of ``values`` and ``weight`` times the gradients onto the layers' targets.
-
-        Args:
-            weight: a number or a real 0-dim tensor, which is read on the device.
-            values: float32 or float64.
-            moved_by: bytes by which all targets lie elsewhere than when this was prepared.
-        """
-        check_device(values)
-        weight = weight_on(values.device, weight)
-        with device_guard(values):
-            for launches, grad_base in self.classes:
-                launches.launch(weight, values, grad_base + moved_by)
+    check_device(like)
+    with device_guard(like):
+        yield
 
 
-def prepare(algorithm: str, layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> Prepared:
-    """Tables and constants of ``layers``.
+def prepare(
+    algorithm: str, layers: Sequence[Layer], precision: str, positions: Sequence[int]
+) -> tuple[list[tuple[Launches, int]], list[Layer]]:
+    """Tables and constants of ``layers``, inside :func:`guard`.
 
     Args:
         algorithm: "gram", "stream", "dense" or "spectral", of every layer.
         layers: checked layers, none of them zero by shape, on one device.
         precision: "auto", "ieee" or "tf32".
         positions: one per layer, where its value goes.
+
+    Returns:
+        The launches of each class with the address its gradients are relative to, and the layers of which copies are
+        read.
     """
-    check_device(layers[0].lora_A)
-    with device_guard(layers[0].lora_A):
-        read = [_as_read(layer) for layer in layers]
-        classes = []
-        for indices in group_by_class(read).values():
-            chosen = [read[i] for i in indices]
-            launches = _ALGORITHMS[algorithm](chosen, precision, [positions[i] for i in indices])
-            classes.append((launches, gradient_base(chosen)))
-    return Prepared(classes, [new for new, old in zip(read, layers, strict=True) if new is not old])
+    read = [_as_read(layer) for layer in layers]
+    launches: list[tuple[Launches, int]] = []
+    for indices in group_by_class(read).values():
+        chosen = [read[i] for i in indices]
+        made = _ALGORITHMS[algorithm](chosen, precision, [positions[i] for i in indices])
+        launches.append((made, gradient_base(chosen)))
+    return launches, [new for new, old in zip(read, layers, strict=True) if new is not old]
 
 
 def _as_read(layer: Layer) -> Layer:

@@ -15,7 +15,6 @@ from . import gram_kernels as kernels
 from .launch import TL_DTYPES, arithmetic, weight_arguments
 from .primitives import n_pairs
 from .schedule import Plan, Work, make_plans
-from .tables import address_key, cached, side_classes
 from .tiles import GramTile, gram_tile
 
 __all__ = ["GramLaunches", "compiled_constants", "gram_shape", "prepare_gram"]
@@ -162,6 +161,5 @@ def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[in
     _, _, r, k = layers[0].sizes
     tile = gram_tile(device_key(layers[0].lora_A.device), products)
     shape = gram_shape(r, k, layers[0].row_energy is not None, tile)
-    key = ("gram", shape, dtype, side_classes(layers[0]), tuple(positions), *address_key(layers))
-    plans = cached(key, lambda: make_plans(layers, positions, shape.work(dtype.itemsize)))
+    plans = make_plans(layers, positions, shape.work(dtype.itemsize))
     return GramLaunches(plans, shape, dtype, precision, compiled_constants(shape))

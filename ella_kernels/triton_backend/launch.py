@@ -21,7 +21,6 @@ __all__ = [
     "arithmetic",
     "capturing",
     "check_device",
-    "current_stream",
     "device_guard",
     "dot_precision",
     "multiprocessors",
@@ -61,11 +60,6 @@ def device_guard(tensor: Tensor):
 def capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def current_stream() -> int:
-    """Handle of the stream that launches go to; 0 where there is no GPU."""
-    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
 
 
 @cache

@@ -14,7 +14,6 @@ from ..layer import Layer
 from . import spectral_kernels as kernels
 from .launch import TL_DTYPES, dot_precision, sums_dtype, weight_arguments
 from .schedule import Plan, Work, make_plans
-from .tables import address_key, cached, side_classes
 from .tiles import SpectralTile, spectral_tile
 
 __all__ = ["SpectralLaunches", "prepare_spectral", "spectral_constants"]
@@ -91,8 +90,4 @@ def prepare_spectral(layers: Sequence[Layer], precision: str, positions: Sequenc
     tile = spectral_tile(device_key(device), precision)
     sizes = spectral_constants(r, k, tile)
     work = Work(tile.rows, tile.grad_rows, k * r, sums.itemsize, [(c, 0, 0, 0) for c in range(0, k, sizes["BK"])])
-    classes = side_classes(layers[0])
-    key = ("spectral", tile, *sizes.values(), dtype, sums, classes, tuple(positions), *address_key(layers))
-    return SpectralLaunches(
-        cached(key, lambda: make_plans(layers, positions, work)), sizes, tile, dtype, sums, precision
-    )
+    return SpectralLaunches(make_plans(layers, positions, work), sizes, tile, dtype, sums, precision)

@@ -15,9 +15,7 @@ from . import records
 from . import stream_kernels as kernels
 from .launch import TL_DTYPES, arithmetic, weight_arguments
 from .tables import (
-    address_key,
     batches,
-    cached,
     float_bits,
     gradient_base,
     is_aligned,
@@ -87,7 +85,6 @@ def prepare_stream(layers: Sequence[Layer], precision: str, positions: Sequence[
     tile = stream_tile(device_key(layers[0].lora_A.device), products)
     sizes = stream_constants(r, k, tile)
     energy = layers[0].row_energy is not None
-    key = ("stream", *sizes.values(), energy, dtype, side_classes(layers[0]), tuple(positions), *address_key(layers))
     constants = sizes | {
         "STORED": layers[0].right is None,
         "ENERGY": energy,
@@ -96,7 +93,7 @@ def prepare_stream(layers: Sequence[Layer], precision: str, positions: Sequence[
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    plans = cached(key, lambda: _plans(layers, positions, sizes, gradient_base(layers)))
+    plans = _plans(layers, positions, sizes, gradient_base(layers))
     return StreamLaunches(plans, constants, precision)
 
 

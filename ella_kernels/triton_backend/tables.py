@@ -1,4 +1,4 @@
-"""Pointer tables: where the operands of many layers are, built once and reused until a tensor moves.
+"""Pointer tables: where the operands of many layers are.
 
 A table holds addresses, strides, sizes and the scaling, never values: operands may change in place between calls.
 """
@@ -6,8 +6,7 @@ A table holds addresses, strides, sizes and the scaling, never values: operands 
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,13 +14,11 @@ from torch import Tensor
 
 from ..layer import Layer
 from . import records
-from .launch import TL_DTYPES, capturing, current_stream
+from .launch import TL_DTYPES, capturing
 
 __all__ = [
     "SideClass",
-    "address_key",
     "batches",
-    "cached",
     "float_bits",
     "gradient_base",
     "group_by_class",
@@ -31,10 +28,8 @@ __all__ = [
     "to_device",
 ]
 
-_MAX_TABLES = 256
-_tables: OrderedDict[tuple, object] = OrderedDict()
-# What a captured CUDA graph reads on every replay: never dropped.
-_captured: dict[tuple, object] = {}
+# What a captured CUDA graph copies to the device on every replay: never dropped.
+_read_by_graphs: list[Tensor] = []
 
 
 class SideClass(NamedTuple):
@@ -85,19 +80,6 @@ def gradient_base(layers: Sequence[Layer]) -> int:
     return 0 if first is None else first.data_ptr()
 
 
-def address_key(layers: Sequence[Layer]) -> tuple:
-    """Everything a table depends on; gradients relative to the first, as the kernels address them."""
-    base = gradient_base(layers)
-    key = []
-    for layer in layers:
-        for t in (layer.lora_A, layer.lora_B, layer.left, layer.right, layer.row_energy, layer.col_energy):
-            key.append(None if t is None else (t.data_ptr(), t.shape, t.stride()))
-        for t in (layer.grad_A, layer.grad_B):
-            key.append(None if t is None else (t.data_ptr() - base, t.stride()))
-        key.append(layer.scaling)
-    return (layers[0].lora_A.device, *key)
-
-
 def batches(layers: Sequence[Layer], slots: Sequence[int], limit: int) -> list[list[int]]:
     """Consecutive layers whose slots fit the limit and whose gradient targets are all different."""
     batches: list[list[int]] = []
@@ -111,25 +93,6 @@ def batches(layers: Sequence[Layer], slots: Sequence[int], limit: int) -> list[l
         used += slots[index]
         targets |= own
     return batches
-
-
-def cached(key: tuple, build: Callable[[], object]):
-    """The table for ``key``, built on a miss; the least recently used is dropped, unless a CUDA graph holds it.
-
-    A table is copied to the device on the stream that is current, and serves that stream only: another one could read
-    it too early. A graph being captured takes what its warm-up built, on whatever stream; what is built during the
-    capture is filled by replays only, so nothing but the graph takes it.
-    """
-    if capturing():
-        built = (table for (other, _), table in _tables.items() if other == key)
-        _captured[key] = table = _captured.get(key) or next(built, None) or build()
-        return table
-    placed = key, current_stream()
-    _tables[placed] = table = _tables.get(placed) or build()
-    _tables.move_to_end(placed)
-    if len(_tables) > _MAX_TABLES:
-        _tables.popitem(last=False)
-    return table
 
 
 def float_bits(value: float) -> int:
@@ -189,6 +152,6 @@ def to_device(tables: Sequence[list[list[int]]], device: torch.device) -> list[T
     host = torch.tensor(flat, dtype=torch.int64, pin_memory=device.type == "cuda")
     if capturing():
         # The copy is part of the graph and repeated by every replay. Warming up before the capture avoids it.
-        _captured[("host", host.data_ptr())] = host
+        _read_by_graphs.append(host)
     sizes = [sum(len(row) for row in table) for table in tables]
     return list(host.to(device, non_blocking=True).split(sizes))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ella_kernels as ek
-from ella_kernels import functional, ops
+from ella_kernels import checks, ops
 from tests.kernels.cases import exact, factors, relative_error
 
 PENALTIES = ["hadamard", "spectral"]
@@ -28,13 +28,13 @@ def test_opcheck_of_the_penalty(algorithm, with_grad):
     As, Bs, pasts, scalings = mixed()
     for t in (*As, *Bs):
         t.requires_grad_(with_grad)
-    operands = functional._operands(As, Bs, pasts, scalings, algorithm)
+    operands = ops._lists(checks.checked_layers(As, Bs, pasts, scalings, algorithm))
     torch.library.opcheck(ops.penalty, (*operands, with_grad, "torch", "auto"))
 
 
 def test_opcheck_of_the_in_place_form():
     As, Bs, pasts, scalings = mixed()
-    operands = functional._operands(As, Bs, pasts, scalings, "auto")
+    operands = ops._lists(checks.checked_layers(As, Bs, pasts, scalings, "auto"))
     grads = [torch.zeros_like(t) for t in As], [torch.zeros_like(t) for t in Bs]
     torch.library.opcheck(ops.add_penalty_grad_, (*operands, *grads, torch.tensor(2.0), 1.0, "torch", "auto"))
 
@@ -105,6 +105,7 @@ print("clean")
 def test_public_names():
     assert set(ek.__all__) == {
         "LowRank",
+        "Plan",
         "add_hadamard_grad_",
         "add_spectral_grad_",
         "hadamard_penalty",

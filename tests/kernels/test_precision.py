@@ -19,7 +19,7 @@ import torch
 from triton.runtime import interpreter
 
 import ella_kernels as ek
-from ella_kernels import repeats
+from ella_kernels import functional
 from ella_kernels.triton_backend import launch, spectral
 from tests.kernels.cases import exact, factors, relative_error, vanishing_overlap
 
@@ -57,7 +57,7 @@ def emulate(monkeypatch, precision):
     for module in (launch, spectral):
         monkeypatch.setattr(module, "dot_precision", lambda *_: precision)
     # An equal call before was prepared in another precision.
-    monkeypatch.setattr(repeats, "_calls", [])
+    functional._MEMORY.clear()
 
 
 def error(kind, algorithm):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ella_kernels as ek
-from ella_kernels import repeats, targets
+from ella_kernels import functional, targets
 from tests.kernels.cases import BOUND, exact, factors, relative_error
 
 OUT, IN, R, K, N = 9, 12, 3, 4, 2
@@ -14,7 +14,7 @@ OUT, IN, R, K, N = 9, 12, 3, 4, 2
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    monkeypatch.setattr(repeats, "_calls", [])
+    functional._MEMORY.clear()
 
 
 class Group:

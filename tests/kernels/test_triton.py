@@ -9,7 +9,7 @@ import torch
 
 import ella_kernels as ek
 from ella_kernels import dispatch, functional, ops
-from ella_kernels.triton_backend import gram_kernels, schedule, tables
+from ella_kernels.triton_backend import gram_kernels, schedule
 from tests.kernels.cases import (
     BOUND,
     SHAPES,
@@ -253,60 +253,6 @@ def test_bitwise_the_same_again_and_in_any_order(algorithm):
         again = results(order)
         for i, found in first.items():
             assert all(torch.equal(x, y) for x, y in zip(found, again[i], strict=True))
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_tables_are_reused_until_a_tensor_moves(algorithm, monkeypatch):
-    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
-    a, b, past = factors(40, 56, 3, 5)
-    past = past.left @ past.right if algorithm == "dense" else past
-    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-
-    def error():
-        grad_a.zero_(), grad_b.zero_()
-        add_([a], [b], [past], [1.0], [grad_a], [grad_b], algorithm)
-        return relative_error(grad_b, exact(a, b, past, 1.0, penalty_of(algorithm))[2])
-
-    assert error() < BOUND[torch.float32]
-    built = len(tables._tables)
-    a.mul_(1.5), past[0].mul_(-2)
-    assert error() < BOUND[torch.float32] and len(tables._tables) == built
-    # Moved: the old memory holds something else now.
-    old, a = a, a.clone()
-    old.fill_(float("nan"))
-    assert error() < BOUND[torch.float32] and len(tables._tables) == built + 1
-    grad_b = torch.empty(3, 40).zero_().T
-    assert error() < BOUND[torch.float32] and len(tables._tables) == built + 2
-
-
-def test_tables_are_bounded_but_those_of_a_graph_are_kept(monkeypatch):
-    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
-    monkeypatch.setattr(tables, "_captured", {})
-    monkeypatch.setattr(tables, "capturing", lambda: True)
-    captured = tables.cached("captured", lambda: ["plan"])
-    monkeypatch.setattr(tables, "capturing", lambda: False)
-    dropped = tables.cached("dropped", lambda: ["plan"])
-    for i in range(2 * tables._MAX_TABLES):
-        tables.cached(i, lambda: ["plan"])
-    assert len(tables._tables) == tables._MAX_TABLES
-    # Filled by replays only: a plain call must not read it.
-    assert tables.cached("captured", lambda: ["another"]) is not captured
-    monkeypatch.setattr(tables, "capturing", lambda: True)
-    assert tables.cached("captured", lambda: ["another"]) is captured
-    assert tables.cached("dropped", lambda: ["another"]) is not dropped
-
-
-def test_a_table_serves_the_stream_it_was_copied_on(monkeypatch):
-    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
-    monkeypatch.setattr(tables, "_captured", {})
-    on_first = tables.cached("key", lambda: ["plan"])
-    monkeypatch.setattr(tables, "current_stream", lambda: 7)
-    on_second = tables.cached("key", lambda: ["plan"])
-    assert on_second is not on_first and tables.cached("key", lambda: ["another"]) is on_second
-    # A warm-up may run on any stream; whoever captures has waited for it.
-    monkeypatch.setattr(tables, "current_stream", lambda: 8)
-    monkeypatch.setattr(tables, "capturing", lambda: True)
-    assert tables.cached("key", lambda: ["another"]) is on_first
 
 
 def count_launches(monkeypatch, module):

@@ -1,8 +1,9 @@
-"""A repeated in-place call is recognised by its signature, never wrongly, and nothing is done per layer again."""
+"""A repeated call is recognised by its signature, never wrongly, and nothing is done per layer again."""
 
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ella_kernels as ek
-from ella_kernels import functional, repeats
+from ella_kernels import functional, ops, plan, recognition
+from ella_kernels.recognition import MAX_CALLS, Memory
 from ella_kernels.triton_backend import gram_kernels
 from tests.kernels.cases import BOUND, exact, factors, opcodes, relative_error
 
@@ -18,15 +20,16 @@ OUT, IN, R, K = 9, 12, 4, 3
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    monkeypatch.setattr(repeats, "_calls", [])
+def forgotten():
+    functional._MEMORY.clear()
+    ops._MEMORY.clear()
 
 
 @pytest.fixture
 def checked(monkeypatch):
     """One entry per call that went through the checks."""
-    calls, plain = [], functional._operands
-    monkeypatch.setattr(functional, "_operands", lambda *args: calls.append(1) or plain(*args))
+    calls, plain = [], plan.checked_layers
+    monkeypatch.setattr(plan, "checked_layers", lambda *args: calls.append(1) or plain(*args))
     return calls
 
 
@@ -91,7 +94,7 @@ def test_both_roads_give_the_same_bits(algorithm, monkeypatch, checked):
     short = group.results(weight=torch.tensor(0.5))
     assert len(checked) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(repeats, "signature", lambda *args: None)
+        patch.setattr(plan, "signature", lambda *args: None)
         by_op = group.results(weight=torch.tensor(0.5))
     assert all(torch.equal(x, y) for x, y in zip(short, by_op, strict=True))
 
@@ -109,6 +112,27 @@ def test_a_repeated_call_runs_no_python_per_layer(monkeypatch):
         counts[n] = opcodes(group.call, ek), opcodes(group.call, ek)
     assert counts[12][0] > 2 * counts[3][0], "the first call walks the layers"
     assert counts[12][1] == counts[3][1] > 0
+
+
+def test_a_recognised_call_is_few_calls_from_its_launches(monkeypatch):
+    """``add_gradient_`` of the regularizer is one more: five to a kernel."""
+    group, plan_of_it, launched = Group(), ek.Plan(algorithm="gram", backend="triton"), []
+
+    class Nothing:
+        def __getitem__(self, grid):
+            frame, names = inspect.currentframe().f_back, []
+            while "ella_kernels" in frame.f_code.co_filename:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            launched.append(names[::-1])
+            return lambda *args, **kwargs: None
+
+    for name in gram_kernels.__all__:
+        monkeypatch.setattr(gram_kernels, name, Nothing())
+    for _ in range(2):
+        launched.clear()
+        plan_of_it.add_grad_(group.As, group.Bs, group.pasts, group.scalings, group.grads_A, group.grads_B, weight=1.0)
+    assert len(launched) > 2 and all(names[0] == "add_grad_" and len(names) <= 4 for names in launched), launched
 
 
 @BACKENDS
@@ -309,7 +333,7 @@ def test_the_interpreter_switched_off_is_noticed(monkeypatch):
 def test_no_tensor_of_the_caller_is_kept(backend, algorithm):
     group = Group(backend=backend, algorithm=algorithm)
     group.call(), group.call()
-    assert len(repeats._calls) == 1
+    assert len(functional._MEMORY) == 1
     tensors = [*group.As, *group.Bs, *group.grads_A, *group.grads_B, *(t for t in group.pasts[0] if t is not None)]
     kept = [weakref.ref(t) for t in tensors]
     del group, tensors
@@ -318,11 +342,11 @@ def test_no_tensor_of_the_caller_is_kept(backend, algorithm):
 
 
 def test_only_the_last_few_calls_are_remembered(checked):
-    groups = [Group(1, backend="torch") for _ in range(repeats._MAX_CALLS + 1)]
+    groups = [Group(1, backend="torch") for _ in range(MAX_CALLS + 1)]
     for group in groups:
         group.call()
         groups[0].call()
-    assert len(repeats._calls) == repeats._MAX_CALLS and len(checked) == len(groups)
+    assert len(functional._MEMORY) == MAX_CALLS and len(checked) == len(groups)
     groups[1].call()
     assert len(checked) == len(groups) + 1, "the one used least recently was dropped"
 
@@ -441,3 +465,98 @@ def test_a_past_of_energies_alone_is_remembered(checked):
     group.pasts = [ek.LowRank(left, right, torch.rand(OUT), torch.rand(IN))]
     group.check(), group.check()
     assert len(checked) == 1
+
+
+def test_a_plan_of_ones_own_is_not_driven_out_by_other_calls(checked):
+    group = Group(1)
+    own = ek.Plan(algorithm="gram", backend="triton")
+    operands = (group.As, group.Bs, group.pasts, group.scalings, group.grads_A, group.grads_B)
+    first = own.add_grad_(*operands, weight=1.0)
+    others = [Group(1, backend="torch") for _ in range(MAX_CALLS + 1)]
+    for other in others:
+        other.call()
+    assert torch.equal(own.add_grad_(*operands, weight=1.0), first) and len(checked) == 1 + len(others)
+
+
+@pytest.mark.parametrize("options", [{"penalty": "other"}, {"algorithm": "best"}, {"backend": "c"}, {"precision": "x"}])
+def test_a_plan_refuses_options_when_it_is_made(options):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(options))} must be one of .*found '{next(iter(options.values()))}'"
+    ):
+        ek.Plan(**options)
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "stream", "dense", "spectral"])
+def test_tables_of_the_op_are_reused_until_a_tensor_moves(algorithm, monkeypatch):
+    """Autograd's road: gradients are new tensors in every call, often in the places of the last ones."""
+    built, plain = [], ops.prepare
+    monkeypatch.setattr(ops, "prepare", lambda *args: built.append(1) or plain(*args))
+    a, b, past = factors(OUT, IN, R, K)
+    past = past.left @ past.right if algorithm == "dense" else past
+    penalty = "spectral" if algorithm == "spectral" else "hadamard"
+
+    def error():
+        options = {"backend": "triton"} | ({} if algorithm == "spectral" else {"algorithm": algorithm})
+        value = getattr(ek, f"{penalty}_penalty")(a, b, past, 1.0, **options)
+        return relative_error(value, exact(a, b, past, 1.0, penalty)[0])
+
+    assert error() < BOUND[torch.float32] and len(built) == 1
+    a.mul_(1.5), past[0].mul_(-2)
+    assert error() < BOUND[torch.float32] and len(built) == 1
+    old, a = a, a.clone()
+    old.fill_(float("nan"))
+    assert error() < BOUND[torch.float32] and len(built) == 2
+
+
+def signature_of(tensor):
+    return recognition.layout([], [tensor])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stream and a capture as a GPU would report them."""
+    state = {"stream": 1, "capturing": False}
+    monkeypatch.setattr(recognition, "_stream", lambda device: state["stream"])
+    monkeypatch.setattr(recognition, "_is_capturing", lambda device: state["capturing"])
+    return state
+
+
+def test_a_table_serves_the_stream_it_was_copied_on(gpu):
+    memory, found = Memory(), signature_of(torch.zeros(1))
+    memory.add(found, "first")
+    gpu["stream"] = 2
+    assert memory.find(found) == (None, 0)
+    memory.add(found, "second")
+    assert memory.find(found)[0] == "second"
+    # A warm-up may run on any stream; whoever captures has waited for it.
+    gpu |= {"stream": 3, "capturing": True}
+    assert memory.find(found)[0] == "second"
+
+
+def test_what_a_graph_reads_is_kept_and_what_a_capture_built_is_not_shared(gpu):
+    memory, tensor = Memory(), torch.zeros(1)
+    gpu["capturing"] = True
+    built = Kept()
+    memory.add(signature_of(tensor), built)
+    # Filled by replays of that graph only: neither a plain call nor another graph may read it.
+    assert memory.find(signature_of(tensor)) == (None, 0)
+    gpu["capturing"] = False
+    assert memory.find(signature_of(tensor)) == (None, 0)
+    warm, dropped = Kept(), Kept()
+    others = torch.zeros(2, 3 * MAX_CALLS)
+    memory.add(signature_of(others[0, 0]), warm)
+    memory.add(signature_of(others[0, 1]), dropped)
+    gpu["capturing"] = True
+    assert memory.find(signature_of(others[0, 0]))[0] is warm
+    gpu["capturing"] = False
+    for i in range(2, 3 * MAX_CALLS):
+        memory.add(signature_of(others[0, i]), None)
+    memory.clear()
+    alive = [weakref.ref(kept) for kept in (built, warm, dropped)]
+    del built, warm, dropped
+    gc.collect()
+    assert [ref() is not None for ref in alive] == [True, True, False]
+
+
+class Kept:
+    """Something that can be referred to weakly."""

@@ -1,0 +1,149 @@
+"""A plan of in-place calls: checked, chosen and built at the first, recognised and run at the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checks import (
+    Past,
+    check_options,
+    check_weight,
+    checked_layers,
+    is_converted,
+    one_of,
+    resolve_backend,
+    with_targets,
+)
+from .dispatch import ALGORITHMS
+from .layer import Layer
+from .prepared import Prepared, prepare
+from .recognition import Memory, Signature, signature
+from .tracing import are_constants, recorded
+
+__all__ = ["Plan"]
+
+
+class _Choice(NamedTuple):
+    """What was decided about a call that passed the checks.
+
+    Attributes:
+        algorithms: of each layer. backend: the resolved one.
+        prepared: the launches, if they can run again as they are.
+    """
+
+    algorithms: list[str]
+    backend: str
+    prepared: Prepared | None
+
+
+class Plan:
+    """The in-place calls of one place in a program, with what was built for them.
+
+    ``add_hadamard_grad_`` and ``add_spectral_grad_`` share one plan. Whoever steps through a model of his own takes one
+    for it, so that nobody else's calls drive out what was built for his.
+
+    Args:
+        penalty: "hadamard" or "spectral".
+        algorithm, backend, precision: as :func:`ella_kernels.hadamard_penalty`; the spectral penalty has one algorithm.
+
+    Raises:
+        ValueError: no such option.
+
+    >>> plan = Plan()
+    >>> a, b, past = torch.ones(1, 3), torch.ones(2, 1), torch.ones(2, 3)
+    >>> grad_a, grad_b = torch.zeros(1, 3), torch.zeros(2, 1)
+    >>> plan.add_grad_([a], [b], [past], [1.0], [grad_a], [grad_b], weight=0.5)
+    tensor([6.])
+    """
+
+    def __init__(
+        self,
+        penalty: str = "hadamard",
+        *,
+        algorithm: str = "auto",
+        backend: str = "auto",
+        precision: str = "auto",
+        memory: Memory | None = None,
+    ) -> None:
+        one_of("penalty", penalty, ("hadamard", "spectral"))
+        one_of("algorithm", algorithm, ALGORITHMS)
+        check_options(backend, precision)
+        self._options = ("spectral" if penalty == "spectral" else algorithm, backend, precision)
+        self._memory = Memory() if memory is None else memory
+
+    def add_grad_(
+        self,
+        lora_As: Sequence[Tensor],
+        lora_Bs: Sequence[Tensor],
+        pasts: Sequence[Past],
+        scalings: Sequence[float],
+        grads_A: Sequence[Tensor],
+        grads_B: Sequence[Tensor],
+        *,
+        weight: float | Tensor,
+    ) -> Tensor:
+        """Arguments, results and errors as :func:`ella_kernels.add_hadamard_grad_`."""
+        found = signature(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, self._options)
+        choice, moved_by = self._memory.find(found)
+        if choice is None:
+            with torch.no_grad():
+                return self._first_call(found, lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight)
+        check_weight(weight)
+        if choice.prepared is None:
+            layers = map(_layer, lora_As, lora_Bs, pasts, scalings, choice.algorithms, grads_A, grads_B)
+            return ops.add_grads_(list(layers), weight, choice.backend, self._options[2])
+        values = choice.prepared.run(weight, moved_by)
+        # The kernels write through addresses; around the registered op the dispatcher tells autograd so.
+        torch.autograd.graph.increment_version([*grads_A, *grads_B])
+        return values
+
+    def _first_call(
+        self, found: Signature | None, lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight
+    ) -> Tensor:  # fmt: skip
+        """All checks, then the registered op, or for a call with a signature its kernels, which are kept."""
+        algorithm, backend, precision = self._options
+        of_step = None
+        if not are_constants(scalings):
+            # An op's numbers are compiled into the graph, once for each: these are multiplied in outside it.
+            scalings, of_step = [1.0] * len(scalings), scalings
+        layers = with_targets(checked_layers(lora_As, lora_Bs, pasts, scalings, algorithm), grads_A, grads_B, weight)
+        if not layers:
+            return torch.zeros(0)
+        backend = resolve_backend(backend, layers)
+        device = layers[0].lora_A.device
+        if not are_constants([weight]):
+            (weight,) = recorded([weight], device)
+        if of_step is not None:
+            return _add_scaled(layers, recorded(of_step, device), weight, backend, precision)
+        if found is None or is_converted(pasts, algorithm):
+            return ops.add_grads_(layers, weight, backend, precision)
+        # torch's own operators are left to the op: below the dispatcher they are cheaper.
+        prepared = None if backend == "torch" else prepare(layers, backend, precision)
+        if prepared is not None and prepared.holds_operands:
+            prepared = None
+        self._memory.add(found, _Choice([layer.algorithm for layer in layers], backend, prepared))
+        if prepared is None:
+            return ops.add_grads_(layers, weight, backend, precision)
+        values = prepared.run(weight)
+        torch.autograd.graph.increment_version([*grads_A, *grads_B])
+        return values
+
+
+def _layer(lora_A, lora_B, past, scaling, algorithm, grad_A, grad_B) -> Layer:
+    parts = past if past is not None and not isinstance(past, Tensor) else (past, None, None, None)
+    return Layer(lora_A, lora_B, *parts, float(scaling), algorithm, grad_A, grad_B)
+
+
+def _add_scaled(layers: list[Layer], scalings: Tensor, weight, backend: str, precision: str) -> Tensor:
+    """In-place call with the layers' scalings as a tensor, which was left out of them."""
+    values, grads_A, grads_B = ops.values_and_grads(layers, True, backend, precision)
+    squares = scalings.square()
+    factors = (squares * weight).unbind()
+    targets = [*(layer.grad_A for layer in layers), *(layer.grad_B for layer in layers)]
+    torch._foreach_add_(targets, torch._foreach_mul([*grads_A, *grads_B], [*factors, *factors]))
+    return (values.double() * squares).to(values.dtype)
