@@ -106,14 +106,22 @@ def _is_capturing(device: torch.device) -> bool:
 
 def layout(grads: Sequence[Tensor], read: Sequence[Tensor], *others: object) -> Signature:
     """The signature of dense tensors with memory of their own: where and what they are, and ``others``."""
-    addresses = tuple(map(Tensor.data_ptr, grads))
-    grad_base = addresses[0] if addresses else 0
-    tensors = [*grads, *read]
+    return _signature(grads, read, _addresses(grads), _addresses(read), others)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(Tensor.data_ptr, tensors))
+
+
+def _signature(
+    grads: Sequence[Tensor], read: Sequence[Tensor], targets: tuple[int, ...], sources: tuple[int, ...], others: tuple
+) -> Signature:
+    grad_base, tensors = targets[0] if targets else 0, [*grads, *read]
     key = (
         *others,
         os.environ.get("TRITON_INTERPRET"),
-        tuple(map(sub, addresses, repeat(grad_base))),
-        tuple(map(Tensor.data_ptr, read)),
+        tuple(map(sub, targets, repeat(grad_base))),
+        sources,
         tuple(map(_dtype, tensors)),
         tuple(map(Tensor.get_device, tensors)),
         tuple(map(Tensor.stride, tensors)),
@@ -151,17 +159,16 @@ def signature(
             return None
         if any(map(Tensor.is_neg, chain(grads, read))) or any(map(Tensor.is_inference, grads)):
             return None
-        lengths = tuple(map(len, (lora_As, lora_Bs, pasts, scalings, grads_A, grads_B)))
-        found = layout(grads, read, lengths, options, tuple(scalings), kinds, is_present)
-        places, addresses = set(map(Tensor.data_ptr, grads)), list(map(Tensor.data_ptr, read))
-        if not places.isdisjoint(filter(None, addresses)):
+        targets, sources = _addresses(grads), _addresses(read)
+        if not set(targets).isdisjoint(filter(None, sources)):
             # Gradients may move, and have moved onto what is read.
             return None
-        if 0 in places or 0 in addresses:
+        if 0 in targets or 0 in sources:
             tensors = [*grads, *read]
             if any(compress(map(Tensor.numel, tensors), map(not_, map(Tensor.data_ptr, tensors)))):
                 return None
-        return found
+        lengths = tuple(map(len, (lora_As, lora_Bs, pasts, scalings, grads_A, grads_B)))
+        return _signature(grads, read, targets, sources, (lengths, options, tuple(scalings), kinds, is_present))
     except (TypeError, RuntimeError, AttributeError):
         # Not sequences, or tensors without storage or strides: the checks say what is wrong.
         return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import ella_kernels as ek
-from ella_kernels import dispatch, functional, ops
+from ella_kernels import checks, dispatch, ops
+from ella_kernels.prepared import Prepared
 from ella_kernels.triton_backend import gram_kernels, schedule
 from tests.kernels.cases import (
     BOUND,
@@ -324,10 +326,12 @@ def test_opcheck(algorithm):
     As, Bs, pasts = unzip(cases)
     for t in (*As, *Bs):
         t.requires_grad_()
-    operands = functional._operands(As, Bs, pasts, [1.0] * 3, algorithm)
+    operands = ops._lists(checks.checked_layers(As, Bs, pasts, [1.0] * 3, algorithm))
     torch.library.opcheck(ops.penalty, (*operands, True, "triton", "auto"))
     grads = [torch.zeros_like(t) for t in As], [torch.zeros_like(t) for t in Bs]
-    operands = functional._operands([a.detach() for a in As], [b.detach() for b in Bs], pasts, [1.0] * 3, algorithm)
+    operands = ops._lists(
+        checks.checked_layers([a.detach() for a in As], [b.detach() for b in Bs], pasts, [1.0] * 3, algorithm)
+    )
     torch.library.opcheck(ops.add_penalty_grad_, (*operands, *grads, None, 2.0, "triton", "auto"))
 
 
@@ -363,7 +367,7 @@ def test_ranks_beyond_the_kernels_are_refused_or_fall_back():
         ek.hadamard_penalty(a, b, past, algorithm="gram", backend="triton")
     # What "auto" resolves to on a GPU: kernels where there are any, torch for the rest, in one call.
     small = factors(40, 56, 3, 5)
-    operands = functional._operands([a, small[0]], [b, small[1]], [past, small[2]], [1.0, 1.0], "gram")
+    operands = ops._lists(checks.checked_layers([a, small[0]], [b, small[1]], [past, small[2]], [1.0, 1.0], "gram"))
     dispatch.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="computing it with torch"):
         values, grads_A, _ = ops.penalty(*operands, True, "auto", "auto")
@@ -372,17 +376,16 @@ def test_ranks_beyond_the_kernels_are_refused_or_fall_back():
         check((values[i], grads_A[i]), (value, grad_a), BOUND[torch.float32])
 
 
-def test_a_weight_on_another_device_is_read_there(monkeypatch):
-    from ella_kernels import triton_backend as kernels
-
+def test_a_weight_on_another_device_is_read_there():
     given = []
 
     class Launches:
         def launch(self, weight, values, grad_base):
             given.append(weight)
 
-    monkeypatch.setattr(kernels, "check_device", lambda tensor: None)
-    kernels.Prepared([(Launches(), 0)], []).run(torch.tensor(2.5), torch.empty(1, device="meta"))
+    launches = [(Launches(), 0)]
+    device = torch.device("meta")
+    Prepared(1, torch.float32, device, False, launches, lambda like: nullcontext(), {}, []).run(torch.tensor(2.5))
     assert given == [2.5] and isinstance(given[0], float)
 
 
