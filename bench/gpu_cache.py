@@ -81,7 +81,7 @@ def compile_only(capability: int) -> None:
     driver.set_active(Driver())
     run = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
-    from ella_kernels import functional, kernels  # noqa: F401  (every module that asks for the device is there now)
+    from ella_kernels import functional, triton_backend  # noqa: F401  (every module that asks for the device is there now)
 
     functional.select_backend = lambda backend, *_: "triton"
     for name, module in list(sys.modules.items()):

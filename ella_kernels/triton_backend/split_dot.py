@@ -44,26 +44,29 @@ def _split_bf16(b_x):
 
 @triton.jit
 def dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """``b_acc + b_x @ b_y``, fp32 or float64 operands.
+    """``b_acc + b_x @ b_y``, fp32 or float64 operands; ``b_acc`` None is zero.
 
     Besides Triton's "ieee" and "tf32": "tf32x3", relative error up to 3·2⁻²⁰ of ``Σ|x||y|``, and "bf16x3", twice as
-    fast, up to 3·2⁻¹⁶.
+    fast, up to 3·2⁻¹⁶. Both add to ``b_acc`` outside the tensor cores, whose sums are cut off toward zero: over a long
+    loop that costs digits.
     """
     if PRECISION == "tf32x3":
         b_xh, b_xl = _split_tf32(b_x)
         b_yh, b_yl = _split_tf32(b_y)
-        b_acc = tl.dot(b_xl, b_yh, b_acc, input_precision="tf32", out_dtype=ACC)
-        b_acc = tl.dot(b_xh, b_yl, b_acc, input_precision="tf32", out_dtype=ACC)
-        b_acc = tl.dot(b_xh, b_yh, b_acc, input_precision="tf32", out_dtype=ACC)
+        b_xy = tl.dot(b_xl, b_yh, input_precision="tf32", out_dtype=ACC)
+        b_xy = tl.dot(b_xh, b_yl, b_xy, input_precision="tf32", out_dtype=ACC)
+        b_xy = tl.dot(b_xh, b_yh, b_xy, input_precision="tf32", out_dtype=ACC)
     elif PRECISION == "bf16x3":
         b_xh, b_xl = _split_bf16(b_x)
         b_yh, b_yl = _split_bf16(b_y)
-        b_acc = tl.dot(b_xl, b_yh, b_acc, out_dtype=ACC)
-        b_acc = tl.dot(b_xh, b_yl, b_acc, out_dtype=ACC)
-        b_acc = tl.dot(b_xh, b_yh, b_acc, out_dtype=ACC)
+        b_xy = tl.dot(b_xl, b_yh, out_dtype=ACC)
+        b_xy = tl.dot(b_xh, b_yl, b_xy, out_dtype=ACC)
+        b_xy = tl.dot(b_xh, b_yh, b_xy, out_dtype=ACC)
     else:
-        b_acc = tl.dot(b_x, b_y, b_acc, input_precision=PRECISION, out_dtype=ACC)
-    return b_acc
+        b_xy = tl.dot(b_x, b_y, b_acc, input_precision=PRECISION, out_dtype=ACC)
+    if b_acc is not None and (PRECISION == "tf32x3" or PRECISION == "bf16x3"):  # noqa: PLR1714
+        b_xy = b_acc + b_xy
+    return b_xy
 
 
 @triton.jit
@@ -71,8 +74,9 @@ def dot_self(b_x, b_acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """``b_acc`` plus a matrix whose symmetric part is ``b_xᵀ @ b_x``: two tf32 products, not three."""
     if PRECISION == "tf32x3":
         b_high, b_low = _split_tf32(b_x)
-        b_acc = tl.dot(tl.trans(b_high), b_high, b_acc, input_precision="tf32", out_dtype=ACC)
-        b_acc = tl.dot(tl.trans(b_high), 2.0 * b_low, b_acc, input_precision="tf32", out_dtype=ACC)
+        b_xx = tl.dot(tl.trans(b_high), 2.0 * b_low, input_precision="tf32", out_dtype=ACC)
+        b_xx = tl.dot(tl.trans(b_high), b_high, b_xx, input_precision="tf32", out_dtype=ACC)
+        b_acc += b_xx
     else:
         b_acc = tl.dot(tl.trans(b_x), b_x, b_acc, input_precision=PRECISION, out_dtype=ACC)
     return b_acc

@@ -121,7 +121,7 @@ def stream_kernel_factors(
         m_col = o_col < n_other
         b_z = load_tile(p_z, s_zr, s_zc, o_col, m_col, o_comp, R, ACC, not LAST)
         if BR >= R:
-            b_d = dot(b_x, tl.trans(b_z), tl.zeros((BM, BN), dtype=ACC), PRECISION, ACC)
+            b_d = dot(b_x, tl.trans(b_z), None, PRECISION, ACC)
         else:
             b_d = _product(
                 p_x, s_xr, s_xc, o_row, m_row, p_z, s_zr, s_zc, o_col, m_col, R, BR, ACC, PRECISION, BM, BN, LAST
@@ -137,7 +137,7 @@ def stream_kernel_factors(
                 b_w = tl.trans(b_w)
         elif K > 0 and BK >= K:
             b_r = load_tile(p_r, s_rr, s_rc, o_col, m_col, tl.arange(0, BK), K, ACC, not LAST)
-            b_w = dot(b_l, tl.trans(b_r), tl.zeros((BM, BN), dtype=ACC), NARROW, ACC)
+            b_w = dot(b_l, tl.trans(b_r), None, NARROW, ACC)
         else:
             b_w = _product(
                 p_l, s_lr, s_lc, o_row, m_row, p_r, s_rr, s_rc, o_col, m_col, K, BK, ACC, NARROW, BM, BN, LAST

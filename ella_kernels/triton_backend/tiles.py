@@ -39,8 +39,8 @@ class GramTile(NamedTuple):
 
 # The default row must compile without spills where registers are scarcest: it is checked as sm_80.
 _GRAM_WGMMA = GramTile(32, 64, 4, 64, 8, 8, 4)
-# tcgen05 works on 128 rows at a time.
-_GRAM_TCGEN05 = GramTile(32, 64, 4, 128, 8, 8, 4)
+# tcgen05 works on 128 rows at a time; sums outside of it need the registers of eight warps.
+_GRAM_TCGEN05 = GramTile(32, 64, 4, 128, 8, 8, 8)
 GRAM_TILES: dict[str, dict[str, GramTile]] = {
     "default": {
         "tf32x3": GramTile(32, 64, 4, 32, 8, 8, 4),
@@ -49,7 +49,7 @@ GRAM_TILES: dict[str, dict[str, GramTile]] = {
         "float64": GramTile(32, 64, 8, 32, 8, 4, 8),
     },
     "sm_90": {"tf32x3": _GRAM_WGMMA, "tf32": _GRAM_WGMMA, "ieee": GramTile(32, 32, 4, 64, 8, 4, 4)},
-    "sm_100": {"tf32x3": _GRAM_TCGEN05, "tf32": _GRAM_TCGEN05},
+    "sm_100": {"tf32x3": _GRAM_TCGEN05, "tf32": _GRAM_TCGEN05._replace(grad_warps=4)},
     "gfx942": {"ieee": GramTile(32, 64, 4, 64, 8, 8, 4)},
     # The interpreter: no registers to save, and every step is slow.
     "cpu": {"ieee": GramTile(64, 64, 4, 64, 8, 8, 4), "float64": GramTile(64, 64, 4, 64, 8, 8, 4)},

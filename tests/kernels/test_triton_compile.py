@@ -59,11 +59,11 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     return run(self, *args, grid=grid, warmup=True, **kwargs)
 
 JITFunction.run = compile_only
-from ella_kernels import functional, kernels, ops
+from ella_kernels import functional, ops, triton_backend
 from ella_kernels.triton_backend import gram, launch, spectral, stream
 from tests.kernels.cases import cast, factors
 
-kernels.check_device = lambda tensor: None
+triton_backend.check_device = lambda tensor: None
 for module in (gram, launch, spectral, stream):
     module.device_key = lambda device: "sm_90"
 found = {}
@@ -147,6 +147,38 @@ def test_every_precision_has_a_tile_on_every_device():
         for precision in ("tf32x3", "tf32", "ieee"):
             assert tiles.gram_tile(target, precision) and tiles.stream_tile(target, precision)
             assert tiles.spectral_tile(target, precision)
+
+
+SUMS = """
+import re, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from ella_kernels.resources import _signature, units
+
+inside = outside = 0
+for unit in units(sys.argv[1]):
+    if unit.precision == "tf32x3" and unit.name in ("gram_fwd_kernel_blocks", "stream_kernel_factors"):
+        signature, constants = _signature(unit)
+        target = GPUTarget("cuda", int(unit.target[3:]), 32)
+        ttgir = compile(ASTSource(unit.kernel, signature, constexprs=constants), target=target).asm["ttgir"]
+        for line in ttgir.splitlines():
+            inside += bool(re.search(r"(warp_group_dot|tt\\.dot) %\\S+, %\\S+, %arg", line))
+            outside += bool(re.search(r"arith\\.addf %arg\\d+, %b_x[xy]\\S* : tensor<\\d+x\\d+xf32", line))
+print(inside, outside)
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_no_long_sum_is_formed_on_tensor_cores(target):
+    """The compiler folds a sum into the product it is of, if it may; a loop's accumulator is no operand of one here."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SUMS, target], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    inside, outside = map(int, done.stdout.split())
+    # gram: six accumulators of each memory order but one; stream: of gradients, and of a past walked in blocks.
+    assert inside == 0 and outside >= 20
 
 
 def test_compiling_under_the_interpreter_is_refused():
