@@ -117,9 +117,10 @@ def units(target: str) -> Iterator[Unit]:
 
 
 def _signature(unit: Unit) -> tuple[dict, dict]:
-    pointers = {"p_sides": "*i64", "p_items": "*i64", "p_layers": "*i64", "p_partials": "*fp64", "p_weight": "*fp64"}
+    pointers = {"p_sides": "*i64", "p_items": "*i64", "p_layers": "*i64"}
+    pointers |= {"p_partials": "*fp64", "p_totals": "*fp64", "p_weight": "*fp64"}
     scalars = {"weight": "fp64", "grad_base": "i64", "n_layers": "i32", "n_slices": "i32"}
-    wide = {"p_blocks", "p_totals"} if "fp64" in str(unit.constants.get("ACC")) else set()
+    wide = {"p_blocks"} if "fp64" in str(unit.constants.get("ACC")) else set()
     if unit.name == "spectral_fwd_kernel_reduce":
         wide = {"p_blocks"}
     signature, constants = {}, {}

@@ -125,7 +125,7 @@ class GramLaunches(NamedTuple):
     def _launch_plan(self, plan: Plan, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
         shape, dtype, device, acc = self.shape, self.dtype, values.device, TL_DTYPES[self.dtype]
         blocks = torch.empty(plan.n_slots * shape.elements, dtype=dtype, device=device)
-        totals = torch.empty(plan.n_slots if shape.energy else 1, dtype=dtype, device=device)
+        totals = torch.empty(plan.n_slots if shape.energy else 1, dtype=torch.float64, device=device)
         partials = torch.empty(plan.n_layers * shape.n_slices, dtype=torch.float64, device=device)
         (_, for_blocks, warps), (_, for_reduce, reduce_warps), (_, for_factors, grad_warps) = self.constants
         for_factors = for_factors | {"WEIGHT_IS_TENSOR": isinstance(weight, Tensor)}

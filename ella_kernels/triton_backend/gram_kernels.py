@@ -23,6 +23,7 @@ from .primitives import (
     load_tile,
     load_weight,
     pair_index,
+    scale_grad,
     side_energy,
     side_factor,
     side_grad,
@@ -43,10 +44,10 @@ from .records import (
     ITEM_START,
     ITEM_STOP,
     LAYER,
+    LAYER_SCALING_BITS,
     PARTNER_SLOT,
     ROW_CHUNKS,
     ROW_SLOT,
-    SCALING_BITS,
     SIDE,
 )
 from .split_dot import dot, dot_self
@@ -91,7 +92,7 @@ def _energy_block(
 ):  # fmt: skip
     # [TE, TE]: Σ ρ_i x_ia x_ib, and Σ ρ_i.
     b_block = tl.zeros((TE, TE), dtype=ACC)
-    b_total = tl.zeros((BM,), dtype=ACC)
+    b_total = tl.zeros((BM,), dtype=tl.float64)
     p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
     p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
     n_rows = count_rows(start, stop, ALIGNED)
@@ -102,7 +103,7 @@ def _energy_block(
         b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, a0 + tl.arange(0, TE), R, ACC, LAST)
         b_other = load_tile(p_x, s_xr, s_xc, o_row, m_row, b0 + tl.arange(0, TE), R, ACC, LAST)
         b_block = dot(tl.trans(b_x * b_e[:, None]), b_other, b_block, PRECISION, ACC)
-        b_total += b_e
+        b_total += b_e.to(tl.float64)
     return b_block, tl.sum(b_total)
 
 
@@ -223,21 +224,23 @@ def gram_fwd_kernel_reduce(
     b_rows = _sum_chunks(p_rows, tl.load(p_layer + ROW_CHUNKS), P * STRIDE, m_e, ACC, BLOCK)
     b_cols = _sum_chunks(p_cols, tl.load(p_layer + COL_CHUNKS), P * STRIDE, m_e, ACC, BLOCK)
     b_rows, b_cols = tl.where(o_q < Q, b_rows, 0.0), tl.where(o_q < Q, b_cols, 0.0)
-    b_count = _multiplicity(o_q, K, GK, ACC)
+    b_count = _multiplicity(o_q, K, GK, tl.float64)
     if ENERGY:
-        total = tl.sum(tl.zeros((1,), dtype=ACC))
+        total = tl.sum(tl.zeros((1,), dtype=tl.float64))
         for j in range(0, tl.load(p_layer + ROW_CHUNKS).to(tl.int32)):
             total += tl.load(p_totals + row_slot + j)
-        b_count = tl.where(o_q == Q - 1, inverse_or_zero(total).to(ACC), b_count)
+        b_count = tl.where(o_q == Q - 1, inverse_or_zero(total), b_count)
     # The factor's pairs are listed once; squares are the diagonal of its triangle.
     b_twice = tl.full((BLOCK,), 2.0, dtype=tl.float64)
     for a in tl.static_range(R):
         b_twice = tl.where(o_p == a * R - a * (a - 1) // 2, 1.0, b_twice)
-    value = tl.sum(b_rows.to(tl.float64) * (b_cols * b_count).to(tl.float64) * b_twice)
+    value = tl.sum(b_rows.to(tl.float64) * (b_cols.to(tl.float64) * b_count) * b_twice)
     tl.store(p_partials + i_layer * tl.num_programs(1) + i_slice, value)
     # Coefficients of the gradients, in place of the first chunks, which only this program reads at these elements.
-    tl.store(p_rows, b_rows * b_count, mask=m_e)
-    tl.store(p_cols, b_cols * b_count, mask=m_e)
+    scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
+    b_count *= scaling * scaling
+    tl.store(p_rows, (b_rows.to(tl.float64) * b_count).to(ACC), mask=m_e)
+    tl.store(p_cols, (b_cols.to(tl.float64) * b_count).to(ACC), mask=m_e)
 
 
 @triton.jit
@@ -302,7 +305,7 @@ def _factor_grads(
                     b_w += tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC)[:, None] * b_m[None, :]
                 b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, b0 + tl.arange(0, GR), R, ACC, LAST)
                 b_grad += tl.sum(tl.reshape(b_w, (BM, GR, GR)) * b_x[:, :, None], 1)
-            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, GR), R, b_grad * scale, ACC)
+            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, GR), R, scale_grad(b_grad, scale, ACC), ACC)
 
 
 @triton.jit
@@ -323,8 +326,7 @@ def gram_bwd_kernel_factors(
         p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
         start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
         p_c = p_blocks + tl.load(p_side + PARTNER_SLOT) * (P * STRIDE)
-        scaling = load_scaling(p_side + SCALING_BITS)
-        scale = (2.0 * scaling * scaling * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)).to(ACC)
+        scale = 2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)
         if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
             _factor_grads(
                 p_side, p_c, grad_base, start, stop, scale, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,

@@ -91,13 +91,18 @@ def dot_precision(precision: str, dtype: torch.dtype, device: torch.device) -> s
     return "ieee" if dtype == torch.float64 else target_precision(precision, device_key(device))
 
 
-def sums_dtype(wide: bool, layers: Sequence[Layer]) -> torch.dtype:
+# What every algorithm reads.
+_MATRICES = ("lora_A", "lora_B", "left", "right")
+
+
+def sums_dtype(wide: bool, layers: Sequence[Layer], read: Sequence[str] = _MATRICES) -> torch.dtype:
     """Dtype of accumulators and of what is multiplied into them: the operands', or float64 where ``wide`` asks for it.
 
-    Half operands keep fp32: Triton 3.7 cannot compile a float64 dot of what was loaded as 16 bits.
+    Half operands, of those ``read``, keep fp32: Triton 3.7 cannot compile a float64 dot of what was loaded as 16 bits.
     """
     dtype = layers[0].dtype
-    half = any(t.dtype.itemsize == 2 for x in layers for t in (x.lora_A, x.lora_B, x.left, x.right) if t is not None)
+    operands = (getattr(layer, name) for layer in layers for name in read)
+    half = any(t.dtype.itemsize == 2 for t in operands if t is not None)
     return torch.float64 if wide and not half else dtype
 
 
@@ -116,7 +121,8 @@ def arithmetic(precision: str, layers: Sequence[Layer]) -> Arithmetic:
     products are then not exact enough for a result exact to fp32.
     """
     target = device_key(layers[0].lora_A.device)
-    dtype = sums_dtype(precision == "ieee" and target in FAST_FLOAT64, layers)
+    read = (*_MATRICES, "row_energy", "col_energy")
+    dtype = sums_dtype(precision == "ieee" and target in FAST_FLOAT64, layers, read)
     dots = dot_precision(precision, dtype, layers[0].lora_A.device)
     return Arithmetic(dtype, dots, "float64" if dtype == torch.float64 else dots)
 

@@ -32,6 +32,7 @@ __all__ = [
     "load_weight",
     "n_pairs",
     "pair_index",
+    "scale_grad",
     "side_energy",
     "side_factor",
     "side_grad",
@@ -133,6 +134,14 @@ def load_weight(p_weight, weight, IS_TENSOR: tl.constexpr):
     if IS_TENSOR:
         weight = tl.load(p_weight).to(tl.float64)
     return weight
+
+
+@triton.jit
+def scale_grad(b_grad, scale, ACC: tl.constexpr):
+    """``b_grad`` times a float64 number, which may be none of fp32."""
+    # Two factors, the first of which never takes the product out of a range that the second brings it back to.
+    first = tl.minimum(tl.maximum(tl.abs(scale), 1e-30), 1e30)
+    return b_grad * first.to(ACC) * (scale / first).to(ACC)
 
 
 @triton.jit

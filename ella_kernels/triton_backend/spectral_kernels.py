@@ -17,6 +17,7 @@ from .primitives import (
     load_scaling,
     load_tile,
     load_weight,
+    scale_grad,
     side_factor,
     side_grad,
     side_past,
@@ -33,9 +34,9 @@ from .records import (
     ITEM_START,
     ITEM_STOP,
     LAYER,
+    LAYER_SCALING_BITS,
     ROW_CHUNKS,
     ROW_SLOT,
-    SCALING_BITS,
     SIDE,
 )
 from .split_dot import dot
@@ -113,7 +114,8 @@ def spectral_fwd_kernel_reduce(
     b_m = _sum_chunks(p_blocks, own_slot, own_chunks, o_k, R, K, BR, BK)
     b_c = dot(b_m, b_gram, tl.zeros((BK, BR), dtype=tl.float64), "ieee", tl.float64)
     p_c = p_coefficients + (2 * i_layer + i_side) * (K * R) + (o_k[:, None] * R + o_r[None, :])
-    tl.store(p_c, b_c.to(ACC), mask=(o_k < K)[:, None] & (o_r < R)[None, :])
+    scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
+    tl.store(p_c, (b_c * (scaling * scaling)).to(ACC), mask=(o_k < K)[:, None] & (o_r < R)[None, :])
     tl.store(p_partials + i_layer * tl.num_programs(2) + i_block, tl.sum(b_m * b_c), mask=is_rows)
 
 
@@ -137,7 +139,7 @@ def _factor_grads(
             m_c = (o_k < K)[:, None] & (o_r < R)[None, :]
             b_c = tl.load(p_c + (o_k[:, None] * R + o_r[None, :]), mask=m_c, other=0.0)
             b_grad = dot(b_y, b_c, b_grad, PRECISION, ACC)
-        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_r, R, b_grad * scale, ACC)
+        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_r, R, scale_grad(b_grad, scale, ACC), ACC)
 
 
 @triton.jit
@@ -158,8 +160,7 @@ def spectral_bwd_kernel_factors(
         p_side = p_sides + i_side * SIDE
         start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
         p_c = p_coefficients + i_side * (K * R)
-        scaling = load_scaling(p_side + SCALING_BITS)
-        scale = (2.0 * scaling * scaling * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)).to(ACC)
+        scale = 2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)
         if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
             _factor_grads(
                 p_side, p_c, grad_base, start, stop, scale, R, K, PAST, GRAD, ALIGNED, ACC, PRECISION, BM, BR, BK, True

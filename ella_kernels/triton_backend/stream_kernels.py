@@ -2,7 +2,7 @@
 
 With ``x, L`` the factors of the owned side and ``x', R`` those of the other, one tile is::
 
-    D = x·x'ᵀ      W = L·Rᵀ (or read)      H = D ⊙ (W ⊙ W + ρκᵀ/τ)      ∂P/∂x += 2s² H·x'      P += s² ⟨H, D⟩
+    D = s·x·x'ᵀ      W = L·Rᵀ (or read)      H = D ⊙ (W ⊙ W + ρκᵀ/τ)      ∂P/∂x += 2s H·x'      P += ⟨H, D⟩
 
 The rows of B see the columns of A as the other side, and the reverse: one kernel writes both gradients.
 """
@@ -19,6 +19,7 @@ from .primitives import (
     load_scaling,
     load_tile,
     load_weight,
+    scale_grad,
     side_energy,
     side_factor,
     side_grad,
@@ -33,7 +34,6 @@ from .records import (
     ITEM_SLOT,
     ITEM_START,
     LAYER,
-    LAYER_SCALING_BITS,
     LAYER_VALUE,
     ROW_CHUNKS,
     ROW_SLOT,
@@ -47,15 +47,15 @@ __all__ = ["stream_kernel_factors", "stream_kernel_values"]
 
 
 @triton.jit
-def _energy_share(p_side, ACC: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    # 1/τ from the rows side of the layer, in one order for every program.
+def _energy_share(p_side, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    # 1/τ from the rows side of the layer, in one order for every program, in float64: it may be no number of fp32.
     p_energy, s_energy = tl.load(p_side + ENERGY_PTR).to(tl.pointer_type(TYPE)), tl.load(p_side + ENERGY_ROW)
     n_rows = tl.load(p_side + ROWS).to(tl.int32)
-    b_total = tl.zeros((BLOCK,), dtype=ACC)
+    b_total = tl.zeros((BLOCK,), dtype=tl.float64)
     for i in range(0, n_rows, BLOCK):
         o_row = i + tl.arange(0, BLOCK)
-        b_total += tl.load(p_energy + o_row * s_energy, mask=o_row < n_rows, other=0.0).to(ACC)
-    return inverse_or_zero(tl.sum(b_total)).to(ACC)
+        b_total += tl.load(p_energy + o_row * s_energy, mask=o_row < n_rows, other=0.0).to(tl.float64)
+    return inverse_or_zero(tl.sum(b_total))
 
 
 @triton.jit
@@ -104,16 +104,15 @@ def stream_kernel_factors(
     if ENERGY:
         p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
         p_f, s_f = side_energy(p_other, 0, ENERGY_TYPE_2)
-        if IS_ROWS:
-            share = _energy_share(p_side, ACC, ENERGY_TYPE, 1024)
-        else:
-            share = _energy_share(p_other, ACC, ENERGY_TYPE_2, 1024)
-        b_energy = tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC) * share
+        share = _energy_share(p_side, ENERGY_TYPE, 1024) if IS_ROWS else _energy_share(p_other, ENERGY_TYPE_2, 1024)
+        b_energy = (tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(tl.float64) * share).to(ACC)
     b_grad = tl.zeros((BM, BR), dtype=ACC)
     b_value = tl.zeros((BM,), dtype=ACC)
+    # With the scaling D is the update itself.
+    scaling = load_scaling(p_side + SCALING_BITS).to(ACC)
     # The owned side's tiles do not change along the walk, and are split once.
     if BR >= R:
-        b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, tl.arange(0, BR), R, ACC, LAST)
+        b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, tl.arange(0, BR), R, ACC, LAST) * scaling
     if not STORED and K > 0 and BK >= K:
         b_l = load_tile(p_l, s_lr, s_lc, o_row, m_row, tl.arange(0, BK), K, ACC, LAST)
     for j in range(0, n_other, BN):
@@ -125,7 +124,7 @@ def stream_kernel_factors(
         else:
             b_d = _product(
                 p_x, s_xr, s_xc, o_row, m_row, p_z, s_zr, s_zc, o_col, m_col, R, BR, ACC, PRECISION, BM, BN, LAST
-            )  # fmt: skip
+            ) * scaling  # fmt: skip
         if STORED:
             m_w = m_row[:, None] & m_col[None, :]
             if LAST:
@@ -142,10 +141,11 @@ def stream_kernel_factors(
             b_w = _product(
                 p_l, s_lr, s_lc, o_row, m_row, p_r, s_rr, s_rc, o_col, m_col, K, BK, ACC, NARROW, BM, BN, LAST
             )  # fmt: skip
-        b_w = b_w * b_w
+        # In this order no product is far from those of ΔW and W, however large one and small the other.
+        b_h = (b_d * b_w) * b_w
         if ENERGY:
-            b_w += b_energy[:, None] * tl.load(p_f + o_col * s_f, mask=m_col, other=0.0).to(ACC)[None, :]
-        b_h = b_d * b_w
+            b_f = tl.load(p_f + o_col * s_f, mask=m_col, other=0.0).to(ACC)
+            b_h += (b_d * b_energy[:, None]) * b_f[None, :]
         if IS_ROWS:
             b_value += tl.sum(b_h * b_d, 1)
         if WITH_GRAD:
@@ -153,10 +153,9 @@ def stream_kernel_factors(
     if IS_ROWS:
         tl.store(p_partials + slot, tl.sum(b_value.to(tl.float64)), mask=i_comp == 0)
     if WITH_GRAD:
-        scaling = load_scaling(p_side + SCALING_BITS)
-        scale = (2.0 * scaling * scaling * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)).to(ACC)
+        scale = 2.0 * load_scaling(p_side + SCALING_BITS) * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)
         p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
-        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_comp, R, b_grad * scale, ACC)
+        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_comp, R, scale_grad(b_grad, scale, ACC), ACC)
 
 
 @triton.jit
@@ -168,6 +167,4 @@ def stream_kernel_values(p_layers, p_partials, p_values, BLOCK: tl.constexpr):
     for i in range(0, n_partials, BLOCK):
         o_part = i + tl.arange(0, BLOCK)
         b_sum += tl.load(p_first + o_part, mask=o_part < n_partials, other=0.0)
-    scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
-    value = tl.sum(b_sum) * scaling * scaling
-    tl.store(p_values + tl.load(p_layer + LAYER_VALUE), value.to(p_values.dtype.element_ty))
+    tl.store(p_values + tl.load(p_layer + LAYER_VALUE), tl.sum(b_sum).to(p_values.dtype.element_ty))
