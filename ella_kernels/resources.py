@@ -2,6 +2,7 @@
 
     python -m ella_kernels.resources                     # a Markdown table
     python -m ella_kernels.resources --target sm_90 --json
+    python -m ella_kernels.resources --variants          # rows of tiles.VARIANTS beside the table's, for sm_90
 
 Numbers come from the compiler: the cubin's resource usage and machine code for NVIDIA, the assembly's metadata for AMD.
 """
@@ -88,7 +89,8 @@ def units(target: str) -> Iterator[Unit]:
             shape = gram.gram_shape(r, k, energy, tiles.gram_tile(target, products))
             for name, constants, warps in gram.compiled_constants(shape):
                 kernel = getattr(gram_kernels, name)
-                yield Unit(name, problem, target, products, kernel, common | constants, warps, shape.stages)
+                stages = constants.get("num_stages", 1)
+                yield Unit(name, problem, target, products, kernel, common | constants, warps, stages)
         for r, k, stored in STREAM_PROBLEMS:
             tile: Any = tiles.stream_tile(target, products)
             constants = common | other | stream.stream_constants(r, k, tile)
@@ -152,10 +154,13 @@ def compile_unit(unit: Unit) -> Resources:
     }
     nvidia = unit.target.startswith("sm_")
     target = GPUTarget("cuda", int(unit.target[3:]), 32) if nvidia else GPUTarget("hip", unit.target, 64)
+    options = {"num_warps": unit.warps, "num_stages": unit.stages}
+    if "maxnreg" in unit.constants:
+        options["maxnreg"] = unit.constants["maxnreg"]
     compiled = triton.compile(
         ASTSource(unit.kernel, signature, constexprs=constants, attrs=aligned),
         target=target,
-        options={"num_warps": unit.warps, "num_stages": unit.stages},
+        options=options,
     )
     registers, spills, instruction = _nvidia(compiled) if nvidia else _amd(compiled)
     steps = ""
@@ -201,14 +206,42 @@ def markdown(rows: list[Resources]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def variants(target: str) -> Iterator[tuple[str, Unit]]:
+    """Every variant of the default precision, and each kernel that it compiles otherwise than the table's row."""
+    from .triton_backend.tiles import VARIANTS, variant
+
+    table = list(units(target))
+    for name in VARIANTS:
+        with variant(name):
+            changed = [unit for unit in units(target) if unit.precision == "tf32x3" and unit not in table]
+        yield from ((name, unit) for unit in changed)
+
+
+def variants_markdown(rows: list[tuple[str, Resources]]) -> str:
+    """A table per variant; one that compiles nothing anew has a line of its own."""
+    from .triton_backend.tiles import VARIANTS
+
+    sections = []
+    for name, (algorithm, changes) in VARIANTS.items():
+        found = [row for other, row in rows if other == name]
+        what = ", ".join(f"{field} = {value}" for field, value in changes.items())
+        table = markdown(found) if found else "The kernels are the table's.\n"
+        sections.append(f"## {name}\n\n`{algorithm}`: {what}.\n\n{table}")
+    return "# Variants to be timed on a GPU\n\n" + "\n".join(sections)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ella_kernels.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="compile for this target only; repeatable")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument("--variants", action="store_true", help="what tiles.VARIANTS changes, for sm_90")
     parser.add_argument("--output", type=Path, help="write to this file instead of printing")
     arguments = parser.parse_args()
-    rows = [compile_unit(unit) for target in arguments.target or TARGETS for unit in units(target)]
-    text = json.dumps([row._asdict() for row in rows], indent=1) + "\n" if arguments.json else markdown(rows)
+    if arguments.variants:
+        text = variants_markdown([(name, compile_unit(unit)) for name, unit in variants("sm_90")])
+    else:
+        rows = [compile_unit(unit) for target in arguments.target or TARGETS for unit in units(target)]
+        text = json.dumps([row._asdict() for row in rows], indent=1) + "\n" if arguments.json else markdown(rows)
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dispatch import device_key
 from ..layer import Layer
 from . import gram_kernels as kernels
-from .launch import TL_DTYPES, arithmetic, weight_arguments
+from .launch import TL_DTYPES, arithmetic, register_limit, weight_arguments
 from .primitives import n_pairs
 from .schedule import Plan, Work, make_plans
 from .tiles import GramTile, gram_tile
@@ -29,6 +29,7 @@ class Shape(NamedTuple):
     Attributes:
         rows, tile_r, tile_k, warps: the ``blocks`` kernel's rows per step, and components of factor and past in a tile.
         grad_rows, grad_r, grad_k, grad_warps: of the ``factors`` kernel.
+        stages to programs: as in :class:`tiles.GramTile`.
     """
 
     r: int
@@ -43,6 +44,10 @@ class Shape(NamedTuple):
     grad_k: int
     grad_warps: int
     stages: int
+    grad_stages: int
+    maxnreg: int | None
+    grad_maxnreg: int | None
+    programs: int
 
     @property
     def past_pairs(self) -> int:
@@ -69,7 +74,7 @@ class Shape(NamedTuple):
         if self.energy:
             # The past's component k does not exist: it stands for the energies.
             tiles += [(*of_factor, self.k, self.k) for of_factor in ordered(self.r, _ENERGY_TILE)]
-        return Work(self.rows, self.grad_rows, self.elements, itemsize, tiles)
+        return Work(self.rows, self.grad_rows, self.elements, itemsize, tiles, self.programs)
 
 
 def gram_shape(r: int, k: int, energy: bool, tile: GramTile) -> Shape:
@@ -80,7 +85,7 @@ def gram_shape(r: int, k: int, energy: bool, tile: GramTile) -> Shape:
     return Shape(
         r, k, energy, tile.rows, tile_r, tile_k, tile.warps,
         tile.grad_rows, _components(r, tile.grad_components), _components(k, tile.grad_past_components),
-        tile.grad_warps, tile.stages,
+        tile.grad_warps, tile.stages, tile.grad_stages, tile.maxnreg, tile.grad_maxnreg, tile.programs,
     )  # fmt: skip
 
 
@@ -89,12 +94,14 @@ def _components(rank: int, most: int) -> int:
 
 
 def compiled_constants(shape: Shape) -> list[tuple[str, dict, int]]:
-    """Name, compile-time sizes and warps of the three kernels, in launch order."""
+    """Name, compile-time sizes and options, and warps of the three kernels, in launch order."""
     sizes = {"R": shape.r, "K": shape.k, "GK": shape.grad_k, "Q": shape.past_pairs, "ENERGY": int(shape.energy)}
     blocks = sizes | {"BM": shape.rows, "TR": shape.tile_r, "TK": shape.tile_k, "TE": _ENERGY_TILE}
+    blocks |= {"num_stages": shape.stages} | register_limit(shape.maxnreg)
     reduce = sizes | {"BLOCK": _REDUCE_BLOCK}
     factors = sizes | {"BM": shape.grad_rows, "GR": shape.grad_r}
     factors |= {"SLICES": triton.next_power_of_2(shape.n_slices), "WEIGHT_IS_TENSOR": True}
+    factors |= {"num_stages": shape.grad_stages} | register_limit(shape.grad_maxnreg)
     return [
         ("gram_fwd_kernel_blocks", blocks, shape.warps),
         ("gram_fwd_kernel_reduce", reduce, 4),
@@ -129,7 +136,7 @@ class GramLaunches(NamedTuple):
         partials = torch.empty(plan.n_layers * shape.n_slices, dtype=torch.float64, device=device)
         (_, for_blocks, warps), (_, for_reduce, reduce_warps), (_, for_factors, grad_warps) = self.constants
         for_factors = for_factors | {"WEIGHT_IS_TENSOR": isinstance(weight, Tensor)}
-        common = {"ACC": acc, "PRECISION": self.precision, "num_stages": shape.stages}
+        common = {"ACC": acc, "PRECISION": self.precision}
         for launch in plan.launches:
             kernels.gram_fwd_kernel_blocks[(launch.n_blocks,)](
                 plan.sides, launch.blocks, blocks, totals, **for_blocks, **launch.constants, **common, num_warps=warps

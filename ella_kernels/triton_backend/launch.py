@@ -24,6 +24,7 @@ __all__ = [
     "device_guard",
     "dot_precision",
     "multiprocessors",
+    "register_limit",
     "sums_dtype",
     "target_precision",
     "weight_arguments",
@@ -104,6 +105,11 @@ def sums_dtype(wide: bool, layers: Sequence[Layer], read: Sequence[str] = _MATRI
     operands = (getattr(layer, name) for layer in layers for name in read)
     half = any(t.dtype.itemsize == 2 for t in operands if t is not None)
     return torch.float64 if wide and not half else dtype
+
+
+def register_limit(maxnreg: int | None) -> dict[str, int]:
+    """The launch option; where there is no limit none, as AMD's compiler does not know it."""
+    return {} if maxnreg is None else {"maxnreg": maxnreg}
 
 
 class Arithmetic(NamedTuple):

@@ -23,6 +23,7 @@ class Work(NamedTuple):
     Attributes:
         rows, grad_rows: rows per step of the block kernel and of the gradient kernel.
         elements, itemsize: of one partial block. tiles: its division among programs, as four first components.
+        programs: how many a multiprocessor has to do.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Work(NamedTuple):
     elements: int
     itemsize: int
     tiles: list[tuple[int, int, int, int]]
+    programs: int = 4
 
 
 class Launch(NamedTuple):
@@ -61,7 +63,7 @@ def _chunk_rows(sizes: Sequence[int], work: Work, n_programs: int) -> int:
 
 def make_plans(layers: Sequence[Layer], positions: Sequence[int], work: Work) -> list[Plan]:
     """Plans of the batches that together are ``layers``, all of one class; layer ``i``'s value has ``positions[i]``."""
-    n_programs = 4 * multiprocessors(layers[0].lora_A.device)
+    n_programs = work.programs * multiprocessors(layers[0].lora_A.device)
     sizes = [size for layer in layers for size in layer.sizes[:2]]
     # Functions of the whole group, so that results do not depend on the order of its layers.
     chunk = _chunk_rows(sizes, work, n_programs)

@@ -13,7 +13,7 @@ from ..dispatch import device_key
 from ..layer import Layer
 from . import records
 from . import stream_kernels as kernels
-from .launch import TL_DTYPES, arithmetic, weight_arguments
+from .launch import TL_DTYPES, arithmetic, register_limit, weight_arguments
 from .tables import (
     batches,
     float_bits,
@@ -55,7 +55,7 @@ def stream_constants(r: int, k: int, tile: StreamTile) -> dict:
         "BN": tile.other_rows,
         "BR": min(tile.components, max(16, triton.next_power_of_2(r))),
         "BK": max(16, triton.next_power_of_2(k)) if 0 < k <= tile.past_held else tile.past_block,
-    }
+    } | register_limit(tile.maxnreg)
 
 
 class StreamLaunches(NamedTuple):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from .. import repeats
 
 __all__ = [
     "GRAM_TILES",
     "SPECTRAL_TILES",
     "STREAM_TILES",
+    "VARIANTS",
     "GramTile",
     "SpectralTile",
     "StreamTile",
     "gram_tile",
     "spectral_tile",
     "stream_tile",
+    "variant",
 ]
 
 
@@ -24,7 +30,9 @@ class GramTile(NamedTuple):
         rows, products, warps: the ``blocks`` kernel; one program accumulates (products, products) over rows.
         grad_rows, grad_components, grad_past_components, grad_warps: the ``factors`` kernel; a tile of coefficients is
             the square of its past components (at most ``products / 8``) by the square of its components.
-        stages: software pipelining depth of both.
+        stages, grad_stages: software pipelining depth.
+        maxnreg, grad_maxnreg: registers that the compiler may take, if fewer than it would.
+        programs: how many a multiprocessor has to do.
     """
 
     rows: int
@@ -35,6 +43,10 @@ class GramTile(NamedTuple):
     grad_past_components: int
     grad_warps: int
     stages: int = 1
+    grad_stages: int = 1
+    maxnreg: int | None = None
+    grad_maxnreg: int | None = None
+    programs: int = 4
 
 
 # The default row must compile without spills where registers are scarcest: it is checked as sm_80.
@@ -72,6 +84,7 @@ class StreamTile(NamedTuple):
     past_block: int
     warps: int
     stages: int = 1
+    maxnreg: int | None = None
 
 
 STREAM_TILES: dict[str, dict[str, StreamTile]] = {
@@ -109,14 +122,48 @@ SPECTRAL_TILES: dict[str, dict[str, SpectralTile]] = {
 }
 
 
+# Rows to be timed beside the table's on a GPU: which algorithm, and what is different. Registers and spills of each:
+# ``python -m ella_kernels.resources --variants``.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gram, two stages in 128 registers": ("gram", {"stages": 2, "maxnreg": 128}),
+    "gram, eight programs a multiprocessor": ("gram", {"programs": 8}),
+    "gram, gradients in 168 registers": ("gram", {"grad_maxnreg": 168}),
+    "stream, 128 rows and eight warps": ("stream", {"rows": 128, "warps": 8, "maxnreg": 128}),
+}
+_chosen: list[tuple[str, dict[str, Any]]] = []
+
+
+@contextmanager
+def variant(name: str) -> Iterator[None]:
+    """While it lasts, calls take a row of :data:`VARIANTS` instead of the table's; not for several threads at once.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant must be one of {sorted(VARIANTS)}, found {name!r}")
+    _chosen.append(VARIANTS[name])
+    # What was prepared with other rows is not to be recognised.
+    repeats._calls[:] = []
+    try:
+        yield
+    finally:
+        _chosen.pop()
+        repeats._calls[:] = []
+
+
+def _changes(algorithm: str) -> dict[str, Any]:
+    return _chosen[-1][1] if _chosen and _chosen[-1][0] == algorithm else {}
+
+
 def gram_tile(target: str, precision: str) -> GramTile:
     """The row for a target and a dot precision, or "float64" for sums in it; the default row where there is none."""
-    return (GRAM_TILES["default"] | GRAM_TILES.get(target, {}))[precision]
+    return (GRAM_TILES["default"] | GRAM_TILES.get(target, {}))[precision]._replace(**_changes("gram"))
 
 
 def stream_tile(target: str, precision: str) -> StreamTile:
     """As :func:`gram_tile`, for the stream kernel."""
-    return (STREAM_TILES["default"] | STREAM_TILES.get(target, {}))[precision]
+    return (STREAM_TILES["default"] | STREAM_TILES.get(target, {}))[precision]._replace(**_changes("stream"))
 
 
 def spectral_tile(target: str, precision: str) -> SpectralTile:
