@@ -23,11 +23,11 @@ from .primitives import (
     load_tile,
     load_weight,
     pair_index,
-    scale_grad,
     side_energy,
     side_factor,
     side_grad,
     side_past,
+    split_scale,
     store_value,
 )
 from .records import (
@@ -265,7 +265,8 @@ def _columns(a0, b0, R: tl.constexpr, STRIDE: tl.constexpr, GR: tl.constexpr):
 
 @triton.jit
 def _factor_grads(
-    p_side, p_c, grad_base, start, stop, scale, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
+    p_side, p_c, grad_base, start, stop, scale, spare, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr,
+    Q: tl.constexpr,
     ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr,
     ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, GR: tl.constexpr,
     LAST: tl.constexpr,
@@ -305,7 +306,7 @@ def _factor_grads(
                     b_w += tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC)[:, None] * b_m[None, :]
                 b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, b0 + tl.arange(0, GR), R, ACC, LAST)
                 b_grad += tl.sum(tl.reshape(b_w, (BM, GR, GR)) * b_x[:, :, None], 1)
-            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, GR), R, scale_grad(b_grad, scale, ACC), ACC)
+            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, GR), R, b_grad * scale * spare, ACC)
 
 
 @triton.jit
@@ -326,14 +327,14 @@ def gram_bwd_kernel_factors(
         p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
         start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
         p_c = p_blocks + tl.load(p_side + PARTNER_SLOT) * (P * STRIDE)
-        scale = 2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)
+        scale, spare = split_scale(2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR), ACC)
         if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
             _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
+                p_side, p_c, grad_base, start, stop, scale, spare, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
                 ALIGNED, ACC, PRECISION, BM, GR, True,
             )  # fmt: skip
         else:
             _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
+                p_side, p_c, grad_base, start, stop, scale, spare, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
                 ALIGNED, ACC, PRECISION, BM, GR, False,
             )  # fmt: skip

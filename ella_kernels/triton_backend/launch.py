@@ -108,8 +108,8 @@ def sums_dtype(wide: bool, layers: Sequence[Layer], read: Sequence[str] = _MATRI
 
 
 def register_limit(maxnreg: int | None) -> dict[str, int]:
-    """The launch option; where there is no limit none, as AMD's compiler does not know it."""
-    return {} if maxnreg is None else {"maxnreg": maxnreg}
+    """The launch option, if there is a limit; AMD's compiler does not know it."""
+    return {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
 
 
 class Arithmetic(NamedTuple):

@@ -32,13 +32,15 @@ __all__ = [
     "load_weight",
     "n_pairs",
     "pair_index",
-    "scale_grad",
     "side_energy",
     "side_factor",
     "side_grad",
     "side_past",
+    "split_scale",
     "store_value",
 ]
+
+_FAR, _NEAR = tl.constexpr(2.0**100), tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -137,11 +139,14 @@ def load_weight(p_weight, weight, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def scale_grad(b_grad, scale, ACC: tl.constexpr):
-    """``b_grad`` times a float64 number, which may be none of fp32."""
-    # Two factors, the first of which never takes the product out of a range that the second brings it back to.
-    first = tl.minimum(tl.maximum(tl.abs(scale), 1e-30), 1e30)
-    return b_grad * first.to(ACC) * (scale / first).to(ACC)
+def split_scale(scale, ACC: tl.constexpr):
+    """Two numbers whose product is a float64 one, which may be none of fp32: multiply by the first, then the second."""
+    # The first never takes what it multiplies out of a range that the second brings it back to. No division: in float64
+    # that is a call, with a stack.
+    is_large, is_small = tl.abs(scale) > _FAR, tl.abs(scale) < _NEAR
+    first = tl.where(is_large, _FAR, tl.where(is_small, _NEAR, 1.0))
+    inverse = tl.where(is_large, _NEAR, tl.where(is_small, _FAR, 1.0))
+    return first.to(ACC), (scale * inverse).to(ACC)
 
 
 @triton.jit

@@ -17,10 +17,10 @@ from .primitives import (
     load_scaling,
     load_tile,
     load_weight,
-    scale_grad,
     side_factor,
     side_grad,
     side_past,
+    split_scale,
     store_value,
 )
 from .records import (
@@ -121,7 +121,7 @@ def spectral_fwd_kernel_reduce(
 
 @triton.jit
 def _factor_grads(
-    p_side, p_c, grad_base, start, stop, scale, R: tl.constexpr, K: tl.constexpr, PAST: tl.constexpr,
+    p_side, p_c, grad_base, start, stop, scale, spare, R: tl.constexpr, K: tl.constexpr, PAST: tl.constexpr,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, COMPONENTS_LAST: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def _factor_grads(
             m_c = (o_k < K)[:, None] & (o_r < R)[None, :]
             b_c = tl.load(p_c + (o_k[:, None] * R + o_r[None, :]), mask=m_c, other=0.0)
             b_grad = dot(b_y, b_c, b_grad, PRECISION, ACC)
-        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_r, R, scale_grad(b_grad, scale, ACC), ACC)
+        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_r, R, b_grad * scale * spare, ACC)
 
 
 @triton.jit
@@ -160,12 +160,14 @@ def spectral_bwd_kernel_factors(
         p_side = p_sides + i_side * SIDE
         start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
         p_c = p_coefficients + i_side * (K * R)
-        scale = 2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)
+        scale, spare = split_scale(2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR), ACC)
         if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
             _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, R, K, PAST, GRAD, ALIGNED, ACC, PRECISION, BM, BR, BK, True
+                p_side, p_c, grad_base, start, stop, scale, spare, R, K, PAST, GRAD, ALIGNED, ACC, PRECISION, BM, BR,
+                BK, True
             )  # fmt: skip
         else:
             _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, R, K, PAST, GRAD, ALIGNED, ACC, PRECISION, BM, BR, BK, False
+                p_side, p_c, grad_base, start, stop, scale, spare, R, K, PAST, GRAD, ALIGNED, ACC, PRECISION, BM, BR,
+                BK, False
             )  # fmt: skip

@@ -19,11 +19,11 @@ from .primitives import (
     load_scaling,
     load_tile,
     load_weight,
-    scale_grad,
     side_energy,
     side_factor,
     side_grad,
     side_past,
+    split_scale,
 )
 from .records import (
     ENERGY_PTR,
@@ -153,9 +153,10 @@ def stream_kernel_factors(
     if IS_ROWS:
         tl.store(p_partials + slot, tl.sum(b_value.to(tl.float64)), mask=i_comp == 0)
     if WITH_GRAD:
-        scale = 2.0 * load_scaling(p_side + SCALING_BITS) * load_weight(p_weight, weight, WEIGHT_IS_TENSOR)
+        weight = load_weight(p_weight, weight, WEIGHT_IS_TENSOR)
+        scale, spare = split_scale(2.0 * load_scaling(p_side + SCALING_BITS) * weight, ACC)
         p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
-        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_comp, R, scale_grad(b_grad, scale, ACC), ACC)
+        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_comp, R, b_grad * scale * spare, ACC)
 
 
 @triton.jit
