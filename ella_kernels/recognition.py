@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .lowrank import LowRank
 from .tracing import is_traced
 
-__all__ = ["MAX_CALLS", "Memory", "Signature", "layout", "signature"]
+__all__ = ["MAX_CALLS", "Memory", "Signature", "forget", "layout", "signature"]
 
 # Enough for a model on several devices whose gradients an allocator places in a few alternating patterns.
 MAX_CALLS = 8
@@ -26,6 +26,15 @@ _TENSORS = frozenset({Tensor, nn.Parameter})
 _PASTS = frozenset({LowRank, Tensor, nn.Parameter, type(None)})
 _NUMBERS = frozenset({float, int})
 _dtype, _requires_grad = attrgetter("dtype"), attrgetter("requires_grad")
+
+
+# Part of every key.
+_generation = [0]
+
+
+def forget() -> None:
+    """Recognise no call made so far: what calls are made of has changed, as rows of the tile table have."""
+    _generation[0] += 1
 
 
 class Signature(NamedTuple):
@@ -119,6 +128,7 @@ def _signature(
     grad_base, tensors = targets[0] if targets else 0, [*grads, *read]
     key = (
         *others,
+        _generation[0],
         os.environ.get("TRITON_INTERPRET"),
         tuple(map(sub, targets, repeat(grad_base))),
         sources,

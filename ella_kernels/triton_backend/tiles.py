@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from .. import repeats
+from .. import recognition
 
 __all__ = [
     "GRAM_TILES",
@@ -145,13 +145,12 @@ def variant(name: str) -> Iterator[None]:
     if name not in VARIANTS:
         raise ValueError(f"variant must be one of {sorted(VARIANTS)}, found {name!r}")
     _chosen.append(VARIANTS[name])
-    # What was prepared with other rows is not to be recognised.
-    repeats._calls[:] = []
+    recognition.forget()
     try:
         yield
     finally:
         _chosen.pop()
-        repeats._calls[:] = []
+        recognition.forget()
 
 
 def _changes(algorithm: str) -> dict[str, Any]:
