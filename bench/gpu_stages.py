@@ -432,17 +432,16 @@ def profiled(calls: Sequence[Callable]) -> dict[str, list[float]]:
 
 def compiled_kernels() -> dict[str, list[dict]]:
     """Registers, spills, shared memory and warps of every variant of our kernels this process has loaded."""
-    from ella_kernels.triton_backend import gram_kernels, spectral_kernels, stream_kernels
+    from ella_kernels.triton_backend import kernels
 
     found: dict[str, list[dict]] = {}
-    for module in (gram_kernels, stream_kernels, spectral_kernels):
-        for name in module.__all__:
-            for caches in getattr(getattr(module, name), "device_caches", {}).values():
-                for kernel in caches[0].values():
-                    resources = {"registers": getattr(kernel, "n_regs", None)}
-                    resources |= {"spills": getattr(kernel, "n_spills", None)}
-                    resources |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-                    found.setdefault(name, []).append(resources)
+    for name, function in kernels().items():
+        for caches in getattr(function, "device_caches", {}).values():
+            for kernel in caches[0].values():
+                resources = {"registers": getattr(kernel, "n_regs", None)}
+                resources |= {"spills": getattr(kernel, "n_spills", None)}
+                resources |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+                found.setdefault(name, []).append(resources)
     return found
 
 

@@ -77,7 +77,9 @@ def units(target: str) -> Iterator[Unit]:
     """Every kernel with every row of the tile tables for ``target``, on the problems the tables were made for."""
     import triton.language as tl
 
-    from .triton_backend import gram, gram_kernels, spectral, spectral_kernels, stream, stream_kernels, tiles
+    from .triton_backend import gram, kernels, spectral, stream, tiles
+
+    compiled = kernels()
 
     side = {name: tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE", "GRAD")} | {"ALIGNED": True}
     other = {f"{name}_2": tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE")}
@@ -88,7 +90,7 @@ def units(target: str) -> Iterator[Unit]:
             problem = f"r {r}, k {k}" + (", energy" if energy else "")
             shape = gram.gram_shape(r, k, energy, tiles.gram_tile(target, products))
             for name, constants, warps in gram.compiled_constants(shape):
-                kernel = getattr(gram_kernels, name)
+                kernel = compiled[name]
                 stages = constants.get("num_stages", 1)
                 yield Unit(name, problem, target, products, kernel, common | constants, warps, stages)
         for r, k, stored in STREAM_PROBLEMS:
@@ -101,7 +103,7 @@ def units(target: str) -> Iterator[Unit]:
             ):
                 yield Unit(
                     "stream_kernel_factors", f"r {r}, " + ("stored" if stored else f"k {k}") + f", {which}", target,
-                    products, stream_kernels.stream_kernel_factors, constants | order, tile.warps, tile.stages,
+                    products, compiled["stream_kernel_factors"], constants | order, tile.warps, tile.stages,
                 )  # fmt: skip
         if products == "float64":
             continue
@@ -112,9 +114,9 @@ def units(target: str) -> Iterator[Unit]:
             ("spectral_bwd_kernel_factors", sizes | {"BM": tile.grad_rows, "WEIGHT_IS_TENSOR": True, "SLICES": 1}),
             ("spectral_fwd_kernel_reduce", sizes),
         ):
-            kernel = getattr(spectral_kernels, name)
+            kernel = compiled[name]
             yield Unit(name, "r 8, k 8", target, products, kernel, common | constants, tile.warps, tile.stages)
-    values = stream_kernels.stream_kernel_values
+    values = compiled["stream_kernel_values"]
     yield Unit("stream_kernel_values", "", target, "float64", values, {"ACC": tl.float32, "BLOCK": 128}, 1, 1)
 
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layer import Layer
 from ..prepared import Launches
-from .gram import prepare_gram
+from . import gram, spectral, stream
 from .launch import check_device, device_guard
-from .spectral import prepare_spectral
-from .stream import prepare_stream
 from .tables import gradient_base, group_by_class
 
-__all__ = ["guard", "prepare"]
+__all__ = ["guard", "kernels", "prepare"]
 
 _ALGORITHMS = {
-    "gram": prepare_gram,
-    "stream": prepare_stream,
-    "dense": prepare_stream,
-    "spectral": prepare_spectral,
+    "gram": gram.prepare_gram,
+    "stream": stream.prepare_stream,
+    "dense": stream.prepare_stream,
+    "spectral": spectral.prepare_spectral,
 }
 
 
@@ -61,6 +60,12 @@ def prepare(
         made = _ALGORITHMS[algorithm](chosen, precision, [positions[i] for i in indices])
         launches.append((made, gradient_base(chosen)))
     return launches, [new for new, old in zip(read, layers, strict=True) if new is not old]
+
+
+def kernels() -> dict[str, Any]:
+    """Every kernel of this folder by its name."""
+    modules = (gram, stream, spectral)
+    return {name: getattr(module, name) for module in modules for name in module.__all__ if "_kernel_" in name}
 
 
 def _as_read(layer: Layer) -> Layer:
