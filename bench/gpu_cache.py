@@ -19,11 +19,15 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 __all__ = ["compare", "fill", "identity", "main", "place"]
 
 _MANIFEST = "gpu_cache.json"
+# Stream, function, two of metadata and two hooks.
+_BEFORE_ARGUMENTS = 6
 
 
 def identity() -> dict:
@@ -60,14 +64,34 @@ def compare() -> str:
     return "fits"
 
 
-def compile_only(capability: int) -> None:
-    """Let launches compile for a target and launch nothing; for the rest of this process."""
+def compile_only(capability: int) -> list[tuple]:
+    """Let launches compile for a target and launch nothing; for the rest of this process.
+
+    Returns:
+        A list that every launch appends ``(name, grid, arguments)`` to.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+
+    launched: list[tuple] = []
+
+    class Utils:
+        """What loading a kernel asks of a driver."""
+
+        def get_device_properties(self, device: int) -> dict[str, int]:
+            return {"max_shared_mem": 2**30}
+
+        def load_binary(self, name: str, *_: object) -> tuple:
+            # Handles of the module and the function, registers, spills, threads a program may have.
+            return None, None, 0, 0, 1024
 
     class Driver:
-        """What the JIT asks of a driver before it launches."""
+        """What Triton asks of a driver."""
+
+        utils = Utils()
+
+        def launcher_cls(self, source: object, metadata: Any) -> Callable:
+            return lambda x, y, z, *rest: launched.append((metadata.name, (x, y, z), rest[_BEFORE_ARGUMENTS:]))
 
         def get_current_device(self) -> int:
             return 0
@@ -79,17 +103,17 @@ def compile_only(capability: int) -> None:
             return GPUTarget("cuda", capability, 32)
 
     driver.set_active(Driver())
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
-    from ella_kernels import functional, triton_backend  # noqa: F401  (every module that asks for the device is there now)
+    from ella_kernels import triton_backend  # noqa: F401  (every module that asks for the device is there now)
 
-    functional.select_backend = lambda backend, *_: "triton"
     for name, module in list(sys.modules.items()):
         if name.startswith("ella_kernels"):
+            if hasattr(module, "select_backend"):
+                module.select_backend = lambda backend, *_: "triton"
             if hasattr(module, "device_key"):
                 module.device_key = lambda device: f"sm_{capability}"
             if hasattr(module, "check_device"):
                 module.check_device = lambda tensor: None
+    return launched
 
 
 def _calls(small: bool):

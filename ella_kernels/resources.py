@@ -34,7 +34,6 @@ STREAM_PROBLEMS = ((8, 120, False), (64, 512, False), (8, 0, True))
 class Unit(NamedTuple):
     """One compilation: a kernel, its constants, and how it is launched."""
 
-    name: str
     problem: str
     target: str
     precision: str
@@ -42,6 +41,11 @@ class Unit(NamedTuple):
     constants: dict
     warps: int
     stages: int
+    maxnreg: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
 
 
 class Resources(NamedTuple):
@@ -75,55 +79,61 @@ def _products(target: str) -> list[str]:
 
 def units(target: str) -> Iterator[Unit]:
     """Every kernel with every row of the tile tables for ``target``, on the problems the tables were made for."""
+    import torch
     import triton.language as tl
 
-    from .triton_backend import gram, kernels, spectral, stream, tiles
+    from .triton_backend import gram, spectral, stream, tiles
+    from .triton_backend.tables import SideClass
 
-    compiled = kernels()
-
-    side = {name: tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE", "GRAD")} | {"ALIGNED": True}
-    other = {f"{name}_2": tl.float32 for name in ("FACTOR", "PAST", "ENERGY_TYPE")}
+    side = SideClass(*[torch.float32] * 4)
+    weight = {"WEIGHT_IS_TENSOR": True}
     exact = {"ACC": tl.float64, "PRECISION": "ieee"}
+    S: Any
+    tile: Any
     for products in _products(target):
-        common = side | ({"ACC": tl.float32, "PRECISION": products} if products != "float64" else exact)
+        common = {"ACC": tl.float32, "PRECISION": products} if products != "float64" else exact
         for r, k, energy in GRAM_PROBLEMS:
             problem = f"r {r}, k {k}" + (", energy" if energy else "")
-            shape = gram.gram_shape(r, k, energy, tiles.gram_tile(target, products))
-            for name, constants, warps in gram.compiled_constants(shape):
-                kernel = compiled[name]
-                stages = constants.get("num_stages", 1)
-                yield Unit(name, problem, target, products, kernel, common | constants, warps, stages)
-        for r, k, stored in STREAM_PROBLEMS:
-            tile: Any = tiles.stream_tile(target, products)
-            constants = common | other | stream.stream_constants(r, k, tile)
-            constants |= {"STORED": stored, "ENERGY": False, "WITH_GRAD": True, "WEIGHT_IS_TENSOR": True}
-            for which, order in (
-                ("rows", {"IS_ROWS": True, "LAST": True}),
-                ("cols", {"IS_ROWS": False, "LAST": False}),
+            tile = tiles.gram_tile(target, products)
+            S = gram.gram_shape(r, k, energy, tile)
+            T = {name: side.types(True, touched) for name, touched in gram.touched(energy).items()}
+            grad_options = (tile.grad_warps, tile.grad_stages, tile.grad_maxnreg)
+            for kernel, constants, options in (
+                (gram.gram_fwd_kernel_blocks, common | {"T": T["blocks"]}, (tile.warps, tile.stages, tile.maxnreg)),
+                (gram.gram_fwd_kernel_reduce, {"ACC": common["ACC"]}, (gram.REDUCE_WARPS, 1)),
+                (gram.gram_bwd_kernel_factors, common | weight | {"T": T["factors"]}, grad_options),
             ):
+                yield Unit(problem, target, products, kernel, {"S": S} | constants, *options)
+        for r, k, stored in STREAM_PROBLEMS:
+            tile = tiles.stream_tile(target, products)
+            S = stream.stream_shape(r, k, stored, False, True, tile)
+            types = side.types(True, stream.touched(S)["factors"])
+            problem = f"r {r}, " + ("stored" if stored else f"k {k}")
+            for which, is_rows in (("rows", True), ("cols", False)):
+                constants = {"S": S, "T": types, "T_2": types._replace(GRAD=None), "IS_ROWS": is_rows, "LAST": is_rows}
                 yield Unit(
-                    "stream_kernel_factors", f"r {r}, " + ("stored" if stored else f"k {k}") + f", {which}", target,
-                    products, compiled["stream_kernel_factors"], constants | order, tile.warps, tile.stages,
+                    f"{problem}, {which}", target, products, stream.stream_kernel_factors,
+                    common | weight | constants, tile.warps, tile.stages, tile.maxnreg,
                 )  # fmt: skip
         if products == "float64":
             continue
         tile = tiles.spectral_tile(target, products)
-        sizes = spectral.spectral_constants(8, 8, tile)
-        for name, constants in (
-            ("spectral_fwd_kernel_blocks", sizes | {"BM": tile.rows} | ({} if products == "tf32" else exact)),
-            ("spectral_bwd_kernel_factors", sizes | {"BM": tile.grad_rows, "WEIGHT_IS_TENSOR": True, "SLICES": 1}),
-            ("spectral_fwd_kernel_reduce", sizes),
+        S = spectral.spectral_shape(8, 8, tile)
+        T = {name: side.types(True, touched) for name, touched in spectral.TOUCHED.items()}
+        for kernel, constants in (
+            (spectral.spectral_fwd_kernel_blocks, (common if products == "tf32" else exact) | {"T": T["blocks"]}),
+            (spectral.spectral_bwd_kernel_factors, common | weight | {"T": T["factors"]}),
+            (spectral.spectral_fwd_kernel_reduce, {"ACC": common["ACC"]}),
         ):
-            kernel = compiled[name]
-            yield Unit(name, "r 8, k 8", target, products, kernel, common | constants, tile.warps, tile.stages)
-    values = compiled["stream_kernel_values"]
-    yield Unit("stream_kernel_values", "", target, "float64", values, {"ACC": tl.float32, "BLOCK": 128}, 1, 1)
+            yield Unit("r 8, k 8", target, products, kernel, {"S": S} | constants, tile.warps, tile.stages)
+    values = stream.stream_kernel_values
+    yield Unit("", target, "float64", values, {"BLOCK": stream.VALUES_BLOCK}, 1, 1)
 
 
 def _signature(unit: Unit) -> tuple[dict, dict]:
     pointers = {"p_sides": "*i64", "p_items": "*i64", "p_layers": "*i64"}
     pointers |= {"p_partials": "*fp64", "p_totals": "*fp64", "p_weight": "*fp64"}
-    scalars = {"weight": "fp64", "grad_base": "i64", "n_layers": "i32", "n_slices": "i32"}
+    scalars = {"weight": "fp64", "grad_base": "i64", "n_layers": "i32"}
     wide = {"p_blocks"} if "fp64" in str(unit.constants.get("ACC")) else set()
     if unit.name == "spectral_fwd_kernel_reduce":
         wide = {"p_blocks"}
@@ -156,13 +166,11 @@ def compile_unit(unit: Unit) -> Resources:
     }
     nvidia = unit.target.startswith("sm_")
     target = GPUTarget("cuda", int(unit.target[3:]), 32) if nvidia else GPUTarget("hip", unit.target, 64)
-    options = {"num_warps": unit.warps, "num_stages": unit.stages}
-    if "maxnreg" in unit.constants:
-        options["maxnreg"] = unit.constants["maxnreg"]
+    limit = {} if unit.maxnreg is None else {"maxnreg": unit.maxnreg}
     compiled = triton.compile(
         ASTSource(unit.kernel, signature, constexprs=constants, attrs=aligned),
         target=target,
-        options=options,
+        options={"num_warps": unit.warps, "num_stages": unit.stages} | limit,
     )
     registers, spills, instruction = _nvidia(compiled) if nvidia else _amd(compiled)
     steps = ""

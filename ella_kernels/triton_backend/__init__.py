@@ -3,7 +3,7 @@ environment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from .tables import gradient_base, group_by_class
 
 __all__ = ["guard", "kernels", "prepare"]
 
-_ALGORITHMS = {
+_ALGORITHMS: dict[str, Callable[..., Launches]] = {
     "gram": gram.prepare_gram,
     "stream": stream.prepare_stream,
     "dense": stream.prepare_stream,
@@ -72,6 +72,7 @@ def _as_read(layer: Layer) -> Layer:
     """The layer itself, or with copies of operands that the kernels cannot read as they are."""
     if layer.algorithm == "dense" and layer.right is not None:
         # The caller asked for the matrix; energies stay rank one.
+        assert layer.left is not None, "layers without a past do not come here"
         layer = layer._replace(left=layer.left.to(layer.dtype) @ layer.right.to(layer.dtype), right=None)
     if layer.dtype != torch.float64:
         return layer

@@ -1,18 +1,19 @@
-"""Algorithm "gram", fused: three kernels over a pointer table, for every layer of a group at once.
+"""Algorithm "gram", fused: three kernels over a pointer table, for every layer of a class at once.
 
 With ``X = x ⊛ y`` the Khatri–Rao products (rows, r·k) of one side, factor ``x`` and past ``y``, and ρ its energies::
 
     blocks    M = XᵀX over a chunk of rows, one tile of products by another. M[ac, bd] depends on the unordered pairs
-              {a, b} and {c, d} only, so one entry of each is computed and kept; and Σ_i ρ_i x_ia x_ib
-    reduce    sums the chunks in order; the value's share ⟨ω ⊙ M_rows, M_cols⟩ (ω: how often a pair occurs)
-    factors   ∂P/∂x_ia = 2s² Σ_b x_ib (Σ_cd M'[ab, cd] y_ic y_id + ρ_i m'_ab), M' and m' of the other side, added to
-              the gradient; and the value from its shares
+              {a, b} and {c, d} only, so one entry of each is computed and kept; and m_ab = Σ_i ρ_i x_ia x_ib
+    reduce    sums the chunks in order; the value's share ⟨ω ωᵀ ⊙ M, M'⟩ (ω: how often a pair occurs, 1/τ for m); the
+              coefficients of the gradients, c = s² ω ⊙ M
+    factors   u_iab = Σ_cd c'[ab, cd] y_ic y_id + ρ_i c'[ab, ρ], c' of the other side; ∂P/∂x_ia = 2 Σ_b x_ib u_iab,
+              added to the gradient; and the value from its shares
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,14 +22,18 @@ from torch import Tensor
 
 from ..dispatch import device_key
 from ..layer import Layer
-from .launch import TL_DTYPES, arithmetic, register_limit, weight_arguments
+from .launch import TL_DTYPES, arithmetic, launch, register_limit, weight_arguments
 from .primitives import (
     add_tile,
     count_rows,
+    find_layer,
+    find_side,
     inverse_or_zero,
+    load_item,
     load_products,
     load_scaling,
     load_tile,
+    load_vector,
     load_weight,
     n_pairs,
     pair_index,
@@ -38,177 +43,204 @@ from .primitives import (
     side_past,
     split_scale,
     store_value,
+    sum_slices,
 )
-from .records import (
-    COL_CHUNKS,
-    COL_SLOT,
-    COMPONENTS_ARE_LAST,
-    ITEM,
-    ITEM_FIRST,
-    ITEM_PAST_FIRST,
-    ITEM_PAST_SECOND,
-    ITEM_SECOND,
-    ITEM_SIDE,
-    ITEM_SLOT,
-    ITEM_START,
-    ITEM_STOP,
-    LAYER,
-    LAYER_SCALING_BITS,
-    PARTNER_SLOT,
-    ROW_CHUNKS,
-    ROW_SLOT,
-    SIDE,
-)
-from .schedule import Plan, Work, make_plans
+from .schedule import Chunks, Plan, make_plans
 from .split_dot import dot, dot_self
+from .tables import LAYER, SIDE
 from .tiles import GramTile, gram_tile
 
 __all__ = [
+    "REDUCE_WARPS",
     "GramLaunches",
-    "compiled_constants",
+    "Shape",
     "gram_bwd_kernel_factors",
     "gram_fwd_kernel_blocks",
     "gram_fwd_kernel_reduce",
     "gram_shape",
     "prepare_gram",
+    "touched",
 ]
+
+_REDUCE_BLOCK = 1024
+REDUCE_WARPS = 4
+_ENERGY_TILE = 16
+
+
+class Shape(NamedTuple):
+    """Sizes of a class that its kernels are compiled for, ``S`` in them: ranks, and tiles cut to them.
+
+    All are fields, and none is computed in a kernel from the others: Triton keeps a compiled kernel under their values.
+
+    Attributes:
+        R, K: components of factor and past. ENERGY: whether there are energies.
+        P, Q, STRIDE: rows of a Gram block (pairs of the factor), its columns (pairs of the past, the energy's last),
+            and the distance of two rows (16 bytes at least).
+        BM, TR, TK, TE: the ``blocks`` kernel's rows per step, and components of factor, past, and factor with energies
+            in a tile.
+        GM, GR, GK: the same of the ``factors`` kernel.
+        BLOCK: elements of a Gram block that a program of the ``reduce`` kernel sums. N_SLICES: how many programs.
+        SLICES: the same, as a block.
+    """
+
+    R: int
+    K: int
+    ENERGY: bool
+    P: int
+    Q: int
+    STRIDE: int
+    BM: int
+    TR: int
+    TK: int
+    TE: int
+    GM: int
+    GR: int
+    GK: int
+    BLOCK: int
+    N_SLICES: int
+    SLICES: int
+
+    @property
+    def elements(self) -> int:
+        """Of a Gram block."""
+        return self.P * self.STRIDE
+
+    @property
+    def tiles(self) -> list[tuple[int, int, int, int]]:
+        """First components of all tiles of a Gram block: of equal entries only those of ordered tiles are computed."""
+
+        def ordered(n: int, step: int) -> list[tuple[int, int]]:
+            return [(first, second) for first in range(0, n, step) for second in range(first, n, step)]
+
+        factor, past = ordered(self.R, self.TR), ordered(self.K, self.TK)
+        tiles = [(*of_factor, *of_past) for of_factor in factor for of_past in past]
+        if self.ENERGY:
+            # The past's component K does not exist: it stands for the energies.
+            tiles += [(*of_factor, self.K, self.K) for of_factor in ordered(self.R, self.TE)]
+        return tiles
+
+
+class _Tile(NamedTuple):
+    # First components: products (a, c) by products (b, d).
+    a: Any
+    b: Any
+    c: Any
+    d: Any
 
 
 @triton.jit
 def _block(
-    p_side, start, stop, a0, b0, c0, d0, R: tl.constexpr, K: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TR: tl.constexpr,
-    TK: tl.constexpr, SAME: tl.constexpr, LAST: tl.constexpr,
+    p_side, item, tile, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SAME: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    # [TR * TK, TR * TK]: products (a, c) from (a0, c0) by products (b, d) from (b0, d0), which are the same if SAME.
-    b_block = tl.zeros((TR * TK, TR * TK), dtype=ACC)
-    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
-    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, LAST)
-    n_rows = count_rows(start, stop, ALIGNED)
-    for i in range(0, n_rows, BM):
-        o_row = i + tl.arange(0, BM)
+    # M [TR * TK, TR * TK] of a tile of products by another, which are the same if SAME.
+    TX: tl.constexpr = S.TR * S.TK
+    b_m = tl.zeros((TX, TX), dtype=ACC)
+    x = side_factor(p_side, item.start, S.R, T, LAST)
+    y = side_past(p_side, item.start, S.K, T, LAST)
+    n_rows = count_rows(item.start, item.stop, T)
+    for i in range(0, n_rows, S.BM):
+        o_row = i + tl.arange(0, S.BM)
         m_row = o_row < n_rows
-        b_xy = load_products(
-            p_x, s_xr, s_xc, a0, p_y, s_yr, s_yc, c0, o_row, m_row, R, K, BM, TR, TK, ACC, LAST
-        )  # fmt: skip
+        b_ac = load_products(x, tile.a, y, tile.c, o_row, m_row, S.TR, S.TK, ACC, LAST)
         if SAME:
-            b_block = dot_self(b_xy, b_block, PRECISION, ACC)
+            b_m = dot_self(b_ac, b_m, PRECISION, ACC)
         else:
-            b_other = load_products(
-                p_x, s_xr, s_xc, b0, p_y, s_yr, s_yc, d0, o_row, m_row, R, K, BM, TR, TK, ACC, LAST
-            )  # fmt: skip
-            b_block = dot(tl.trans(b_xy), b_other, b_block, PRECISION, ACC)
+            b_bd = load_products(x, tile.b, y, tile.d, o_row, m_row, S.TR, S.TK, ACC, LAST)
+            b_m = dot(tl.trans(b_ac), b_bd, b_m, PRECISION, ACC)
     if SAME:
-        b_block = 0.5 * (b_block + tl.trans(b_block))
-    return b_block
+        b_m = 0.5 * (b_m + tl.trans(b_m))
+    return b_m
 
 
 @triton.jit
 def _energy_block(
-    p_side, start, stop, a0, b0, R: tl.constexpr, FACTOR: tl.constexpr, ENERGY_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TE: tl.constexpr,
+    p_side, item, a0, b0, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
-    # [TE, TE]: Σ ρ_i x_ia x_ib, and Σ ρ_i.
-    b_block = tl.zeros((TE, TE), dtype=ACC)
+    # m_ab = Σ ρ_i x_ia x_ib [TE, TE], and τ = Σ ρ_i.
+    TE: tl.constexpr = S.TE
+    BM: tl.constexpr = S.BM
+    b_m = tl.zeros((TE, TE), dtype=ACC)
     b_total = tl.zeros((BM,), dtype=tl.float64)
-    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
-    p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
-    n_rows = count_rows(start, stop, ALIGNED)
+    x = side_factor(p_side, item.start, S.R, T, LAST)
+    e = side_energy(p_side, item.start, T)
+    n_rows = count_rows(item.start, item.stop, T)
     for i in range(0, n_rows, BM):
         o_row = i + tl.arange(0, BM)
         m_row = o_row < n_rows
-        b_e = tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC)
-        b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, a0 + tl.arange(0, TE), R, ACC, LAST)
-        b_other = load_tile(p_x, s_xr, s_xc, o_row, m_row, b0 + tl.arange(0, TE), R, ACC, LAST)
-        b_block = dot(tl.trans(b_x * b_e[:, None]), b_other, b_block, PRECISION, ACC)
+        b_e = load_vector(e, o_row, m_row, ACC)
+        b_xa = load_tile(x, o_row, m_row, a0 + tl.arange(0, TE), ACC, LAST)
+        b_xb = load_tile(x, o_row, m_row, b0 + tl.arange(0, TE), ACC, LAST)
+        b_m = dot(tl.trans(b_xa * b_e[:, None]), b_xb, b_m, PRECISION, ACC)
         b_total += b_e.to(tl.float64)
-    return b_block, tl.sum(b_total)
+    return b_m, tl.sum(b_total)
+
+
+@triton.jit
+def _first(component, STEP: tl.constexpr):
+    # The first component of a tile of STEP.
+    return tl.multiple_of(component.to(tl.int32), STEP)
 
 
 @triton.jit
 def _products_item(
-    p_item, p_side, p_block, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, STRIDE: tl.constexpr,
-    FACTOR: tl.constexpr, PAST: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, TR: tl.constexpr, TK: tl.constexpr, LAST: tl.constexpr,
+    p_side, item, p_m, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr
 ):  # fmt: skip
-    start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-    a0 = tl.multiple_of(tl.load(p_item + ITEM_FIRST).to(tl.int32), TR)
-    b0 = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TR)
-    c0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_FIRST).to(tl.int32), TK)
-    d0 = tl.multiple_of(tl.load(p_item + ITEM_PAST_SECOND).to(tl.int32), TK)
+    a0 = _first(item.first, S.TR)
+    b0 = _first(item.second, S.TR)
+    c0 = _first(item.past_first, S.TK)
+    d0 = _first(item.past_second, S.TK)
+    tile = _Tile(a0, b0, c0, d0)
     # With one tile the compiler knows.
-    if (R <= TR and K <= TK) or ((a0 == b0) & (c0 == d0)):
-        b_block = _block(
-            p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True, LAST
-        )  # fmt: skip
+    if (S.R <= S.TR and S.K <= S.TK) or ((a0 == b0) & (c0 == d0)):
+        b_m = _block(p_side, item, tile, S, T, ACC, PRECISION, True, LAST)
     else:
-        b_block = _block(
-            p_side, start, stop, a0, b0, c0, d0, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, False, LAST
-        )  # fmt: skip
-    o_first, o_second = tl.arange(0, TR * TK)[:, None], tl.arange(0, TR * TK)[None, :]
-    o_a, o_c, o_b, o_d = a0 + o_first // TK, c0 + o_first % TK, b0 + o_second // TK, d0 + o_second % TK
-    m_block = (o_a <= o_b) & (o_b < R) & (o_c < K) & (o_d < K) & (o_c // GK <= o_d // GK)
-    tl.store(p_block + (pair_index(o_a, o_b, R, 1) * STRIDE + pair_index(o_c, o_d, K, GK)), b_block, mask=m_block)
+        b_m = _block(p_side, item, tile, S, T, ACC, PRECISION, False, LAST)
+    o_ac, o_bd = tl.arange(0, S.TR * S.TK)[:, None], tl.arange(0, S.TR * S.TK)[None, :]
+    o_a, o_c, o_b, o_d = a0 + o_ac // S.TK, c0 + o_ac % S.TK, b0 + o_bd // S.TK, d0 + o_bd % S.TK
+    m_m = (o_a <= o_b) & (o_b < S.R) & (o_c < S.K) & (o_d < S.K) & (o_c // S.GK <= o_d // S.GK)
+    tl.store(p_m + (pair_index(o_a, o_b, S.R, 1) * S.STRIDE + pair_index(o_c, o_d, S.K, S.GK)), b_m, mask=m_m)
 
 
 @triton.jit
 def _energy_item(
-    p_item, p_side, p_block, p_total, R: tl.constexpr, STRIDE: tl.constexpr, FACTOR: tl.constexpr,
-    ENERGY_TYPE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    TE: tl.constexpr, LAST: tl.constexpr,
+    p_side, item, p_m, p_total, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-    a0 = tl.multiple_of(tl.load(p_item + ITEM_FIRST).to(tl.int32), TE)
-    b0 = tl.multiple_of(tl.load(p_item + ITEM_SECOND).to(tl.int32), TE)
-    b_block, total = _energy_block(
-        p_side, start, stop, a0, b0, R, FACTOR, ENERGY_TYPE, ALIGNED, ACC, PRECISION, BM, TE, LAST
-    )  # fmt: skip
-    o_a, o_b = a0 + tl.arange(0, TE)[:, None], b0 + tl.arange(0, TE)[None, :]
-    tl.store(p_block + pair_index(o_a, o_b, R, 1) * STRIDE, b_block, mask=(o_a <= o_b) & (o_b < R))
+    a0 = _first(item.first, S.TE)
+    b0 = _first(item.second, S.TE)
+    b_m, total = _energy_block(p_side, item, a0, b0, S, T, ACC, PRECISION, LAST)
+    o_a, o_b = a0 + tl.arange(0, S.TE)[:, None], b0 + tl.arange(0, S.TE)[None, :]
+    tl.store(p_m + pair_index(o_a, o_b, S.R, 1) * S.STRIDE, b_m, mask=(o_a <= o_b) & (o_b < S.R))
     # Every tile of a slot finds the same total; the first one writes it.
     tl.store(p_total, total, mask=a0 + b0 == 0)
 
 
 @triton.jit
 def gram_fwd_kernel_blocks(
-    p_sides, p_items, p_blocks, p_totals, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
-    ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, TR: tl.constexpr,
-    TK: tl.constexpr, TE: tl.constexpr,
+    p_sides, p_items, p_blocks, p_totals, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    P: tl.constexpr = R * (R + 1) // 2
-    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
-    p_item = p_items + tl.program_id(0).to(tl.int64) * ITEM
-    p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
-    slot = tl.load(p_item + ITEM_SLOT)
-    p_block = p_blocks + slot * (P * STRIDE)
-    is_last = tl.load(p_side + COMPONENTS_ARE_LAST) != 0
+    item = load_item(p_items, tl.program_id(0).to(tl.int64))
+    p_side = find_side(p_sides, item.side)
+    p_m, p_total = p_blocks + item.slot * (S.P * S.STRIDE), p_totals + item.slot
+    is_last = tl.load(p_side + SIDE.value.components_are_last) != 0
     # Items of the energies are marked by a first component of the past that does not exist.
-    if ENERGY and tl.load(p_item + ITEM_PAST_FIRST) >= K:
+    if S.ENERGY and item.past_first >= S.K:
         if is_last:
-            _energy_item(
-                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC,
-                PRECISION, BM, TE, True,
-            )  # fmt: skip
+            _energy_item(p_side, item, p_m + (S.Q - 1), p_total, S, T, ACC, PRECISION, True)
         else:
-            _energy_item(
-                p_item, p_side, p_block + Q - 1, p_totals + slot, R, STRIDE, FACTOR, ENERGY_TYPE, ALIGNED, ACC,
-                PRECISION, BM, TE, False,
-            )  # fmt: skip
-    elif K > 0:
+            _energy_item(p_side, item, p_m + (S.Q - 1), p_total, S, T, ACC, PRECISION, False)
+    elif S.K > 0:
         if is_last:
-            _products_item(
-                p_item, p_side, p_block, R, K, GK, STRIDE, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, True
-            )  # fmt: skip
+            _products_item(p_side, item, p_m, S, T, ACC, PRECISION, True)
         else:
-            _products_item(
-                p_item, p_side, p_block, R, K, GK, STRIDE, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, TR, TK, False
-            )  # fmt: skip
+            _products_item(p_side, item, p_m, S, T, ACC, PRECISION, False)
 
 
 @triton.jit
-def _sum_chunks(p_x, n_chunks, STEP: tl.constexpr, m_x, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_chunks(p_x, n_chunks, m_x, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    # [BLOCK]: elements at p_x of n_chunks blocks that are STEP apart.
     b_sum = tl.zeros((BLOCK,), dtype=ACC)
     for j in range(0, n_chunks.to(tl.int32)):
         b_sum += tl.load(p_x + j * STEP, mask=m_x, other=0.0)
@@ -216,237 +248,158 @@ def _sum_chunks(p_x, n_chunks, STEP: tl.constexpr, m_x, ACC: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _multiplicity(o_q, K: tl.constexpr, GK: tl.constexpr, ACC: tl.constexpr):
-    # 1 for pairs within a block of the past's components, where both orders are listed, and 2 between blocks.
-    b_count = tl.full(o_q.shape, 2.0, dtype=ACC)
+def _past_multiplicity(o_q, K: tl.constexpr, GK: tl.constexpr):
+    # ω_cd: 1 for pairs within a block of the past's components, where both orders are listed, and 2 between blocks.
+    b_omega = tl.full(o_q.shape, 2.0, dtype=tl.float64)
     for c0 in tl.static_range(0, K, GK):
         o_row = o_q - (c0 * K - c0 * (c0 - GK) // 2)
-        b_count = tl.where((o_row >= 0) & (o_row < GK * (K - c0)) & (o_row % (K - c0) < GK), 1.0, b_count)
-    return b_count
+        b_omega = tl.where((o_row >= 0) & (o_row < GK * (K - c0)) & (o_row % (K - c0) < GK), 1.0, b_omega)
+    return b_omega
 
 
 @triton.jit
-def gram_fwd_kernel_reduce(
-    p_layers, p_blocks, p_totals, p_partials, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr,
-    ENERGY: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    P: tl.constexpr = R * (R + 1) // 2
-    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
-    i_layer, i_slice = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p_layer = p_layers + i_layer * LAYER
-    o_e = i_slice * BLOCK + tl.arange(0, BLOCK)
-    o_p, o_q = o_e // STRIDE, o_e % STRIDE
-    # Whole rows are read, which keeps loads wide; what pads them was never written.
-    m_e = o_p < P
-    row_slot, col_slot = tl.load(p_layer + ROW_SLOT), tl.load(p_layer + COL_SLOT)
-    p_rows, p_cols = p_blocks + row_slot * (P * STRIDE) + o_e, p_blocks + col_slot * (P * STRIDE) + o_e
-    b_rows = _sum_chunks(p_rows, tl.load(p_layer + ROW_CHUNKS), P * STRIDE, m_e, ACC, BLOCK)
-    b_cols = _sum_chunks(p_cols, tl.load(p_layer + COL_CHUNKS), P * STRIDE, m_e, ACC, BLOCK)
-    b_rows, b_cols = tl.where(o_q < Q, b_rows, 0.0), tl.where(o_q < Q, b_cols, 0.0)
-    b_count = _multiplicity(o_q, K, GK, tl.float64)
-    if ENERGY:
-        total = tl.sum(tl.zeros((1,), dtype=tl.float64))
-        for j in range(0, tl.load(p_layer + ROW_CHUNKS).to(tl.int32)):
-            total += tl.load(p_totals + row_slot + j)
-        b_count = tl.where(o_q == Q - 1, inverse_or_zero(total), b_count)
-    # The factor's pairs are listed once; squares are the diagonal of its triangle.
-    b_twice = tl.full((BLOCK,), 2.0, dtype=tl.float64)
+def _factor_multiplicity(o_p, R: tl.constexpr):
+    # ω_ab: the factor's pairs are listed once; squares are the diagonal of their triangle.
+    b_omega = tl.full(o_p.shape, 2.0, dtype=tl.float64)
     for a in tl.static_range(R):
-        b_twice = tl.where(o_p == a * R - a * (a - 1) // 2, 1.0, b_twice)
-    value = tl.sum(b_rows.to(tl.float64) * (b_cols.to(tl.float64) * b_count) * b_twice)
-    tl.store(p_partials + i_layer * tl.num_programs(1) + i_slice, value)
-    # Coefficients of the gradients, in place of the first chunks, which only this program reads at these elements.
-    scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
-    b_count *= scaling * scaling
-    tl.store(p_rows, (b_rows.to(tl.float64) * b_count).to(ACC), mask=m_e)
-    tl.store(p_cols, (b_cols.to(tl.float64) * b_count).to(ACC), mask=m_e)
+        b_omega = tl.where(o_p == a * R - a * (a - 1) // 2, 1.0, b_omega)
+    return b_omega
 
 
 @triton.jit
-def _coefficients(
-    p_c, o_ab, m_ab, c0, d0, K: tl.constexpr, ACC: tl.constexpr, GK: tl.constexpr
-):  # fmt: skip
+def gram_fwd_kernel_reduce(p_layers, p_blocks, p_totals, p_partials, S: tl.constexpr, ACC: tl.constexpr):
+    i_layer, i_slice = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p_layer = find_layer(p_layers, i_layer)
+    o_e = i_slice * S.BLOCK + tl.arange(0, S.BLOCK)
+    o_p, o_q = o_e // S.STRIDE, o_e % S.STRIDE
+    # Whole rows are read, which keeps loads wide; what pads them was never written.
+    m_e = o_p < S.P
+    row_slot, col_slot = tl.load(p_layer + LAYER.value.row_slot), tl.load(p_layer + LAYER.value.col_slot)
+    p_rows, p_cols = p_blocks + row_slot * (S.P * S.STRIDE) + o_e, p_blocks + col_slot * (S.P * S.STRIDE) + o_e
+    b_rows = _sum_chunks(p_rows, tl.load(p_layer + LAYER.value.row_chunks), m_e, S.P * S.STRIDE, S.BLOCK, ACC)
+    b_cols = _sum_chunks(p_cols, tl.load(p_layer + LAYER.value.col_chunks), m_e, S.P * S.STRIDE, S.BLOCK, ACC)
+    b_rows, b_cols = tl.where(o_q < S.Q, b_rows, 0.0), tl.where(o_q < S.Q, b_cols, 0.0)
+    b_omega = _past_multiplicity(o_q, S.K, S.GK)
+    if S.ENERGY:
+        total = tl.sum(tl.zeros((1,), dtype=tl.float64))
+        for j in range(0, tl.load(p_layer + LAYER.value.row_chunks).to(tl.int32)):
+            total += tl.load(p_totals + row_slot + j)
+        b_omega = tl.where(o_q == S.Q - 1, inverse_or_zero(total), b_omega)
+    # ⟨ω ωᵀ ⊙ M, M'⟩
+    share = tl.sum(b_rows.to(tl.float64) * (b_cols.to(tl.float64) * b_omega) * _factor_multiplicity(o_p, S.R))
+    tl.store(p_partials + i_layer * S.N_SLICES + i_slice, share)
+    # c = s² ω ⊙ M, in place of the first chunks, which only this program reads at these elements.
+    scaling = load_scaling(p_layer + LAYER.value.scaling_bits)
+    b_omega *= scaling * scaling
+    tl.store(p_rows, (b_rows.to(tl.float64) * b_omega).to(ACC), mask=m_e)
+    tl.store(p_cols, (b_cols.to(tl.float64) * b_omega).to(ACC), mask=m_e)
+
+
+@triton.jit
+def _coefficients(p_c, o_ab, m_ab, c0, d0, S: tl.constexpr, ACC: tl.constexpr):
     # [GK * GK, GR * GR]: row (c, d), column (b, a) holds the coefficient of x_b y_c y_d in ∂P/∂x_a.
-    o_cd = tl.arange(0, GK * GK)
-    o_c, o_d = c0 + o_cd // GK, d0 + o_cd % GK
-    m_c = ((o_c < K) & (o_d < K))[:, None] & m_ab[None, :]
-    return tl.load(p_c + (o_ab[None, :] + pair_index(o_c, o_d, K, GK)[:, None]), mask=m_c, other=0.0).to(ACC)
+    o_cd = tl.arange(0, S.GK * S.GK)
+    o_c, o_d = c0 + o_cd // S.GK, d0 + o_cd % S.GK
+    m_c = ((o_c < S.K) & (o_d < S.K))[:, None] & m_ab[None, :]
+    return tl.load(p_c + (o_ab[None, :] + pair_index(o_c, o_d, S.K, S.GK)[:, None]), mask=m_c, other=0.0).to(ACC)
 
 
 @triton.jit
-def _columns(a0, b0, R: tl.constexpr, STRIDE: tl.constexpr, GR: tl.constexpr):
+def _columns(a0, b0, S: tl.constexpr):
     # Rows of a Gram block for the columns (b, a) of a tile, in which the sum over b stays within a lane.
-    o_ba = tl.arange(0, GR * GR)
-    o_a, o_b = a0 + o_ba % GR, b0 + o_ba // GR
-    o_ab = pair_index(tl.minimum(o_a, o_b), tl.maximum(o_a, o_b), R, 1) * STRIDE
-    return o_ab, (o_a < R) & (o_b < R)
+    o_ba = tl.arange(0, S.GR * S.GR)
+    o_a, o_b = a0 + o_ba % S.GR, b0 + o_ba // S.GR
+    o_ab = pair_index(tl.minimum(o_a, o_b), tl.maximum(o_a, o_b), S.R, 1) * S.STRIDE
+    return o_ab, (o_a < S.R) & (o_b < S.R)
 
 
 @triton.jit
 def _factor_grads(
-    p_side, p_c, grad_base, start, stop, scale, spare, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr,
-    Q: tl.constexpr,
-    ENERGY: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, GR: tl.constexpr,
+    p_side, item, p_c, grad_base, scale, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
-    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
-    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, LAST)
-    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, LAST)
-    p_e, s_e = side_energy(p_side, start, ENERGY_TYPE)
-    p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
-    n_rows = count_rows(start, stop, ALIGNED)
-    if R <= GR and K <= GK:
-        o_ab, m_ab = _columns(0, 0, R, STRIDE, GR)
-        b_c = _coefficients(p_c, o_ab, m_ab, 0, 0, K, ACC, GK)
-    for i in range(0, n_rows, BM):
-        o_row = i + tl.arange(0, BM)
+    GM: tl.constexpr = S.GM
+    GR: tl.constexpr = S.GR
+    x = side_factor(p_side, item.start, S.R, T, LAST)
+    y = side_past(p_side, item.start, S.K, T, LAST)
+    g = side_grad(p_side, item.start, S.R, grad_base, T)
+    n_rows = count_rows(item.start, item.stop, T)
+    if S.ENERGY:
+        e = side_energy(p_side, item.start, T)
+    if S.R <= GR and S.K <= S.GK:
+        o_ab, m_ab = _columns(0, 0, S)
+        b_c = _coefficients(p_c, o_ab, m_ab, 0, 0, S, ACC)
+    for i in range(0, n_rows, GM):
+        o_row = i + tl.arange(0, GM)
         m_row = o_row < n_rows
-        for a0 in range(0, R, GR):
-            b_grad = tl.zeros((BM, GR), dtype=ACC)
-            for b0 in range(0, R, GR):
-                o_ab, m_ab = _columns(a0, b0, R, STRIDE, GR)
-                b_w = tl.zeros((BM, GR * GR), dtype=ACC)
-                if R <= GR and K <= GK:
-                    b_yy = load_products(
-                        p_y, s_yr, s_yc, 0, p_y, s_yr, s_yc, 0, o_row, m_row, K, K, BM, GK, GK, ACC, LAST
-                    )  # fmt: skip
-                    b_w = dot(b_yy, b_c, b_w, PRECISION, ACC)
+        for a0 in range(0, S.R, GR):
+            b_g = tl.zeros((GM, GR), dtype=ACC)
+            for b0 in range(0, S.R, GR):
+                o_ab, m_ab = _columns(a0, b0, S)
+                # u_iab = Σ_cd c'[ab, cd] y_ic y_id + ρ_i c'[ab, ρ]
+                b_u = tl.zeros((GM, GR * GR), dtype=ACC)
+                if S.R <= GR and S.K <= S.GK:
+                    b_yy = load_products(y, 0, y, 0, o_row, m_row, S.GK, S.GK, ACC, LAST)
+                    b_u = dot(b_yy, b_c, b_u, PRECISION, ACC)
                 else:
-                    for c0 in range(0, K, GK):
-                        for d0 in range(c0, K, GK):
-                            b_yy = load_products(
-                                p_y, s_yr, s_yc, c0, p_y, s_yr, s_yc, d0, o_row, m_row, K, K, BM, GK, GK, ACC, LAST
-                            )  # fmt: skip
-                            b_cd = _coefficients(p_c, o_ab, m_ab, c0, d0, K, ACC, GK)
-                            b_w = dot(b_yy, b_cd, b_w, PRECISION, ACC)
-                if ENERGY:
-                    b_m = tl.load(p_c + (o_ab + Q - 1), mask=m_ab, other=0.0).to(ACC)
-                    b_w += tl.load(p_e + o_row * s_e, mask=m_row, other=0.0).to(ACC)[:, None] * b_m[None, :]
-                b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, b0 + tl.arange(0, GR), R, ACC, LAST)
-                b_grad += tl.sum(tl.reshape(b_w, (BM, GR, GR)) * b_x[:, :, None], 1)
-            add_tile(p_g, s_gr, s_gc, o_row, m_row, a0 + tl.arange(0, GR), R, b_grad * scale * spare, ACC)
+                    for c0 in range(0, S.K, S.GK):
+                        for d0 in range(c0, S.K, S.GK):
+                            b_yy = load_products(y, c0, y, d0, o_row, m_row, S.GK, S.GK, ACC, LAST)
+                            b_cd = _coefficients(p_c, o_ab, m_ab, c0, d0, S, ACC)
+                            b_u = dot(b_yy, b_cd, b_u, PRECISION, ACC)
+                if S.ENERGY:
+                    b_ce = tl.load(p_c + (o_ab + (S.Q - 1)), mask=m_ab, other=0.0).to(ACC)
+                    b_u += load_vector(e, o_row, m_row, ACC)[:, None] * b_ce[None, :]
+                b_x = load_tile(x, o_row, m_row, b0 + tl.arange(0, GR), ACC, LAST)
+                b_g += tl.sum(tl.reshape(b_u, (GM, GR, GR)) * b_x[:, :, None], 1)
+            add_tile(g, o_row, m_row, a0 + tl.arange(0, GR), b_g * scale[0] * scale[1], ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weight", "grad_base", "n_layers"])
 def gram_bwd_kernel_factors(
     p_layers, p_sides, p_items, p_blocks, p_partials, p_values, p_weight, weight: tl.float64, grad_base: tl.int64,
-    n_layers, n_slices, R: tl.constexpr, K: tl.constexpr, GK: tl.constexpr, Q: tl.constexpr, ENERGY: tl.constexpr,
-    FACTOR: tl.constexpr, PAST: tl.constexpr, ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, WEIGHT_IS_TENSOR: tl.constexpr, BM: tl.constexpr, GR: tl.constexpr,
-    SLICES: tl.constexpr,
+    n_layers, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    P: tl.constexpr = R * (R + 1) // 2
-    STRIDE: tl.constexpr = (Q + 3) // 4 * 4
-    i_item = tl.program_id(0).to(tl.int64)
-    if i_item < n_layers:
-        store_value(p_layers + i_item * LAYER, p_partials + i_item * n_slices, n_slices, p_values, SLICES)
+    i_program = tl.program_id(0).to(tl.int64)
+    if i_program < n_layers:
+        total = sum_slices(p_partials + i_program * S.N_SLICES, S.N_SLICES, S.SLICES)
+        store_value(find_layer(p_layers, i_program), total, p_values)
     else:
-        p_item = p_items + (i_item - n_layers) * ITEM
-        p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
-        start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-        p_c = p_blocks + tl.load(p_side + PARTNER_SLOT) * (P * STRIDE)
-        scale, spare = split_scale(2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR), ACC)
-        if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
-            _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, spare, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
-                ALIGNED, ACC, PRECISION, BM, GR, True,
-            )  # fmt: skip
+        item = load_item(p_items, i_program - n_layers)
+        p_side = find_side(p_sides, item.side)
+        p_c = p_blocks + tl.load(p_side + SIDE.value.partner_slot) * (S.P * S.STRIDE)
+        scale = split_scale(2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR), ACC)
+        if tl.load(p_side + SIDE.value.components_are_last) != 0:
+            _factor_grads(p_side, item, p_c, grad_base, scale, S, T, ACC, PRECISION, True)
         else:
-            _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, spare, R, K, GK, Q, ENERGY, FACTOR, PAST, ENERGY_TYPE, GRAD,
-                ALIGNED, ACC, PRECISION, BM, GR, False,
-            )  # fmt: skip
-
-
-_REDUCE_BLOCK = 1024
-_ENERGY_TILE = 16
-
-
-class Shape(NamedTuple):
-    """Compile-time sizes of a class: ranks, and the tiles cut to them.
-
-    Attributes:
-        rows, tile_r, tile_k, warps: the ``blocks`` kernel's rows per step, and components of factor and past in a tile.
-        grad_rows, grad_r, grad_k, grad_warps: of the ``factors`` kernel.
-        stages to programs: as in :class:`tiles.GramTile`.
-    """
-
-    r: int
-    k: int
-    energy: bool
-    rows: int
-    tile_r: int
-    tile_k: int
-    warps: int
-    grad_rows: int
-    grad_r: int
-    grad_k: int
-    grad_warps: int
-    stages: int
-    grad_stages: int
-    maxnreg: int | None
-    grad_maxnreg: int | None
-    programs: int
-
-    @property
-    def past_pairs(self) -> int:
-        """Pairs of the past that a row of a Gram block holds, and its energy."""
-        return n_pairs(self.k, self.grad_k) + self.energy
-
-    @property
-    def elements(self) -> int:
-        """Of a Gram block; rows are padded to 16 bytes."""
-        return n_pairs(self.r, 1) * -(-self.past_pairs // 4) * 4
-
-    @property
-    def n_slices(self) -> int:
-        return -(-self.elements // _REDUCE_BLOCK)
-
-    def work(self, itemsize: int) -> Work:
-        """What planning needs to know: of equal entries only those of ordered tiles are computed."""
-
-        def ordered(n: int, step: int) -> list[tuple[int, int]]:
-            return [(first, second) for first in range(0, n, step) for second in range(first, n, step)]
-
-        factor, past = ordered(self.r, self.tile_r), ordered(self.k, self.tile_k)
-        tiles = [(*of_factor, *of_past) for of_factor in factor for of_past in past]
-        if self.energy:
-            # The past's component k does not exist: it stands for the energies.
-            tiles += [(*of_factor, self.k, self.k) for of_factor in ordered(self.r, _ENERGY_TILE)]
-        return Work(self.rows, self.grad_rows, self.elements, itemsize, tiles, self.programs)
+            _factor_grads(p_side, item, p_c, grad_base, scale, S, T, ACC, PRECISION, False)
 
 
 def gram_shape(r: int, k: int, energy: bool, tile: GramTile) -> Shape:
     """Cut a row of the tile table to ranks ``r`` and ``k``; dots need at least 16 of everything."""
-    tile_r, tile_k = _components(r, 16), _components(k, 16)
-    while tile_r * tile_k > tile.products:
-        tile_r, tile_k = (tile_r // 2, tile_k) if tile_r > tile_k else (tile_r, tile_k // 2)
+
+    def components(rank: int, most: int) -> int:
+        return min(most, max(4, triton.next_power_of_2(max(1, rank))))
+
+    TR, TK = components(r, 16), components(k, 16)
+    while tile.products < TR * TK:
+        TR, TK = (TR // 2, TK) if TR > TK else (TR, TK // 2)
+    GR, GK = components(r, tile.grad_components), components(k, tile.grad_past_components)
+    P, Q = n_pairs(r, 1), n_pairs(k, GK) + energy
+    STRIDE = -(-Q // 4) * 4
+    n_slices = -(-P * STRIDE // _REDUCE_BLOCK)
     return Shape(
-        r, k, energy, tile.rows, tile_r, tile_k, tile.warps,
-        tile.grad_rows, _components(r, tile.grad_components), _components(k, tile.grad_past_components),
-        tile.grad_warps, tile.stages, tile.grad_stages, tile.maxnreg, tile.grad_maxnreg, tile.programs,
+        R=r, K=k, ENERGY=energy, P=P, Q=Q, STRIDE=STRIDE, BM=tile.rows, TR=TR, TK=TK, TE=_ENERGY_TILE,
+        GM=tile.grad_rows, GR=GR, GK=GK, BLOCK=_REDUCE_BLOCK, N_SLICES=n_slices,
+        SLICES=triton.next_power_of_2(n_slices),
     )  # fmt: skip
 
 
-def _components(rank: int, most: int) -> int:
-    return min(most, max(4, triton.next_power_of_2(max(1, rank))))
-
-
-def compiled_constants(shape: Shape) -> list[tuple[str, dict, int]]:
-    """Name, compile-time sizes and options, and warps of the three kernels, in launch order."""
-    sizes = {"R": shape.r, "K": shape.k, "GK": shape.grad_k, "Q": shape.past_pairs, "ENERGY": int(shape.energy)}
-    blocks = sizes | {"BM": shape.rows, "TR": shape.tile_r, "TK": shape.tile_k, "TE": _ENERGY_TILE}
-    blocks |= {"num_stages": shape.stages} | register_limit(shape.maxnreg)
-    reduce = sizes | {"BLOCK": _REDUCE_BLOCK}
-    factors = sizes | {"BM": shape.grad_rows, "GR": shape.grad_r}
-    factors |= {"SLICES": triton.next_power_of_2(shape.n_slices), "WEIGHT_IS_TENSOR": True}
-    factors |= {"num_stages": shape.grad_stages} | register_limit(shape.grad_maxnreg)
-    return [
-        ("gram_fwd_kernel_blocks", blocks, shape.warps),
-        ("gram_fwd_kernel_reduce", reduce, 4),
-        ("gram_bwd_kernel_factors", factors, shape.grad_warps),
-    ]
+def touched(energy: bool) -> dict[str, tuple[str, ...]]:
+    """The operands that each kernel over items touches."""
+    read = ("factor", "past", *["energy"] * energy)
+    return {"blocks": read, "factors": (*read, "grad")}
 
 
 class GramLaunches(NamedTuple):
@@ -454,9 +407,9 @@ class GramLaunches(NamedTuple):
 
     plans: list[Plan]
     shape: Shape
+    tile: GramTile
     dtype: torch.dtype
     precision: str
-    constants: list[tuple[str, dict, int]]
 
     def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
         """Values into their positions, ``weight`` times the gradients onto the targets, at most three launches a plan.
@@ -466,34 +419,37 @@ class GramLaunches(NamedTuple):
             values: float32 or float64.
             grad_base: address of the first layer's ``grad_B``, 0 without gradients.
         """
+        S, tile, dtype, device = self.shape, self.tile, self.dtype, values.device
+        sums = {"S": S, "ACC": TL_DTYPES[dtype]}
+        products = sums | {"PRECISION": self.precision}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages} | register_limit(tile.maxnreg)
+        grad_options = {"num_warps": tile.grad_warps, "num_stages": tile.grad_stages}
+        grad_options |= register_limit(tile.grad_maxnreg)
         for plan in self.plans:
-            self._launch_plan(plan, weight, values, grad_base)
-
-    def _launch_plan(self, plan: Plan, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
-        shape, dtype, device, acc = self.shape, self.dtype, values.device, TL_DTYPES[self.dtype]
-        blocks = torch.empty(plan.n_slots * shape.elements, dtype=dtype, device=device)
-        totals = torch.empty(plan.n_slots if shape.energy else 1, dtype=torch.float64, device=device)
-        partials = torch.empty(plan.n_layers * shape.n_slices, dtype=torch.float64, device=device)
-        (_, for_blocks, warps), (_, for_reduce, reduce_warps), (_, for_factors, grad_warps) = self.constants
-        for_factors = for_factors | {"WEIGHT_IS_TENSOR": isinstance(weight, Tensor)}
-        common = {"ACC": acc, "PRECISION": self.precision}
-        for launch in plan.launches:
-            gram_fwd_kernel_blocks[(launch.n_blocks,)](
-                plan.sides, launch.blocks, blocks, totals, **for_blocks, **launch.constants, **common, num_warps=warps
-            )
-        gram_fwd_kernel_reduce[(plan.n_layers, shape.n_slices)](
-            plan.layers, blocks, totals, partials, **for_reduce, ACC=acc, num_warps=reduce_warps
-        )
-        for i, launch in enumerate(plan.launches):
-            # The first launch of a plan also finishes the values.
-            n_layers = plan.n_layers if i == 0 else 0
-            if n_layers + launch.n_grads == 0:
-                continue
-            gram_bwd_kernel_factors[(n_layers + launch.n_grads,)](
-                plan.layers, plan.sides, launch.grads, blocks, partials, values, *weight_arguments(weight, values),
-                grad_base, n_layers, shape.n_slices, **for_factors, **launch.constants, **common,
-                num_warps=grad_warps,
+            # (n_slots, P, STRIDE); (n_slots,); (n_layers, N_SLICES)
+            blocks = torch.empty(plan.n_slots * S.elements, dtype=dtype, device=device)
+            totals = torch.empty(plan.n_slots if S.ENERGY else 1, dtype=torch.float64, device=device)
+            partials = torch.empty(plan.n_layers * S.N_SLICES, dtype=torch.float64, device=device)
+            for part in plan.launches["blocks"]:
+                launch(
+                    gram_fwd_kernel_blocks, (part.n_items,), options, p_sides=plan.sides, p_items=part.items,
+                    p_blocks=blocks, p_totals=totals, T=part.types, **products,
+                )  # fmt: skip
+            launch(
+                gram_fwd_kernel_reduce, (plan.n_layers, S.N_SLICES), {"num_warps": REDUCE_WARPS}, p_layers=plan.layers,
+                p_blocks=blocks, p_totals=totals, p_partials=partials, **sums,
             )  # fmt: skip
+            for i, part in enumerate(plan.launches["factors"]):
+                # The first launch of a plan also finishes the values.
+                n_layers = plan.n_layers if i == 0 else 0
+                if n_layers + part.n_items == 0:
+                    continue
+                launch(
+                    gram_bwd_kernel_factors, (n_layers + part.n_items,), grad_options, p_layers=plan.layers,
+                    p_sides=plan.sides, p_items=part.items, p_blocks=blocks, p_partials=partials, p_values=values,
+                    **weight_arguments(weight, values), grad_base=grad_base, n_layers=n_layers, T=part.types,
+                    **products,
+                )  # fmt: skip
 
 
 def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> GramLaunches:
@@ -508,5 +464,9 @@ def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[in
     _, _, r, k = layers[0].sizes
     tile = gram_tile(device_key(layers[0].lora_A.device), products)
     shape = gram_shape(r, k, layers[0].row_energy is not None, tile)
-    plans = make_plans(layers, positions, shape.work(dtype.itemsize))
-    return GramLaunches(plans, shape, dtype, precision, compiled_constants(shape))
+
+    block_bytes = shape.elements * dtype.itemsize
+    chunks = Chunks.of(
+        layers, touched(shape.ENERGY), tile.rows, tile.grad_rows, shape.tiles, block_bytes, tile.programs
+    )
+    return GramLaunches(make_plans(layers, positions, chunks), shape, tile, dtype, precision)

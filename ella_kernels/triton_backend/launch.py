@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -23,6 +23,7 @@ __all__ = [
     "check_device",
     "device_guard",
     "dot_precision",
+    "launch",
     "multiprocessors",
     "register_limit",
     "sums_dtype",
@@ -53,7 +54,7 @@ def check_device(tensor: Tensor) -> None:
         raise ValueError(f"Triton kernels cannot run on device '{tensor.device}' {found}")
 
 
-def device_guard(tensor: Tensor):
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Context in which launches go to the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
@@ -64,7 +65,7 @@ def capturing() -> bool:
 
 
 @cache
-def _properties(index: int):
+def _properties(index: int) -> Any:
     return torch.cuda.get_device_properties(index)
 
 
@@ -133,6 +134,43 @@ def arithmetic(precision: str, layers: Sequence[Layer]) -> Arithmetic:
     return Arithmetic(dtype, dots, "float64" if dtype == torch.float64 else dots)
 
 
-def weight_arguments(weight: Tensor | float, like: Tensor) -> tuple[Tensor, float]:
-    """``(p_weight, weight)`` of a kernel: a tensor is read on the device, a number is passed by value."""
-    return (weight, 1.0) if isinstance(weight, Tensor) else (like, float(weight))
+# Compiled kernels by all that is compiled into them.
+_compiled: dict[tuple, Any] = {}
+# Arguments that no kernel is compiled for.
+_NUMBERS = frozenset({"weight", "grad_base", "n_layers"})
+
+
+def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any) -> None:
+    """Launch a kernel on the current stream of the current device, where the tensors are.
+
+    Triton's own dispatch binds, specialises and hashes all arguments again at every launch, tens of microseconds of
+    Python. What it found for equal dtypes, alignments and constants is launched directly here.
+
+    Args:
+        options: Triton's, as ``num_warps``. arguments: all of the kernel's, by name; the first is a tensor.
+    """
+    if interpreted():
+        kernel[grid](**arguments, **options)
+        return
+    ordered = [arguments[name] for name in kernel.arg_names]
+    key = [kernel.__name__, ordered[0].device, *options.values()]
+    for name, value in zip(kernel.arg_names, ordered, strict=True):
+        if isinstance(value, Tensor):
+            key += value.dtype, value.data_ptr() % 16 == 0
+        elif name not in _NUMBERS:
+            key.append(value)
+    compiled = _compiled.get(tuple(key))
+    if compiled is None:
+        compiled = kernel.warmup(**arguments, **options, grid=grid)
+        if compiled is None:
+            # A hook of Triton's forbade the compilation.
+            return
+        _compiled[tuple(key)] = compiled
+    compiled[(*grid, 1, 1)[:3]](*ordered)
+
+
+def weight_arguments(weight: Tensor | float, like: Tensor) -> dict[str, Any]:
+    """A kernel's arguments of the weight: a tensor is read on the device, a number is passed by value."""
+    if isinstance(weight, Tensor):
+        return {"p_weight": weight, "weight": 1.0, "WEIGHT_IS_TENSOR": True}
+    return {"p_weight": like, "weight": float(weight), "WEIGHT_IS_TENSOR": False}

@@ -1,34 +1,28 @@
-"""Device functions that the kernels share: a side's operands by tiles in either memory order, products of components,
-and the numbering of unordered pairs of them."""
+"""Device functions that the kernels share: records, a side's operands by tiles in either memory order, products of
+components, and the numbering of unordered pairs of them."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .records import (
-    ENERGY_PTR,
-    ENERGY_ROW,
-    FACTOR_COMP,
-    FACTOR_PTR,
-    FACTOR_ROW,
-    GRAD_COMP,
-    GRAD_OFFSET,
-    GRAD_ROW,
-    LAYER_SCALING_BITS,
-    LAYER_VALUE,
-    PAST_COMP,
-    PAST_PTR,
-    PAST_ROW,
-)
+from .tables import ITEM, LAYER, SIDE, Item
 
 __all__ = [
+    "Matrix",
+    "Vector",
     "add_tile",
     "count_rows",
+    "find_layer",
+    "find_side",
     "inverse_or_zero",
+    "load_item",
     "load_products",
     "load_scaling",
     "load_tile",
+    "load_vector",
     "load_weight",
     "n_pairs",
     "pair_index",
@@ -38,18 +32,59 @@ __all__ = [
     "side_past",
     "split_scale",
     "store_value",
+    "sum_slices",
 ]
 
 _FAR, _NEAR = tl.constexpr(2.0**100), tl.constexpr(2.0**-100)
 
 
+class Matrix(NamedTuple):
+    """An operand from some row on: address, strides along rows and components, and how many components it has."""
+
+    p: Any
+    s_row: Any
+    s_comp: Any
+    n_comp: Any
+
+
+class Vector(NamedTuple):
+    """A row's energies from some row on: address and stride."""
+
+    p: Any
+    s_row: Any
+
+
+@triton.jit
+def load_item(p_items, i_item):
+    """Item number ``i_item``, field by field; the compiler drops the loads of those that a kernel does not use."""
+    p_item = p_items + i_item * len(ITEM.value)
+    fields = ()
+    for i in tl.static_range(len(ITEM.value)):
+        fields += (tl.load(p_item + i),)  # type: ignore[assignment]
+    return Item(*fields)  # type: ignore[call-arg]
+
+
+@triton.jit
+def find_side(p_sides, i_side):
+    """Address of side number ``i_side``. Its fields are read where they are used: there are too many to hold."""
+    return p_sides + i_side * len(SIDE.value)
+
+
+@triton.jit
+def find_layer(p_layers, i_layer):
+    """Address of layer number ``i_layer``."""
+    return p_layers + i_layer * len(LAYER.value)
+
+
 @triton.jit
 def _matrix(
-    p_x, s_row, s_comp, start, ALIGNED: tl.constexpr, COMPONENTS_LAST: tl.constexpr, TYPE: tl.constexpr
+    p_side, FIELD: tl.constexpr, start, n_comp, TYPE: tl.constexpr, ALIGNED: tl.constexpr, LAST: tl.constexpr
 ):  # fmt: skip
+    # FIELD: the place of the address, which both strides follow.
+    s_row, s_comp = tl.load(p_side + (FIELD + 1)), tl.load(p_side + (FIELD + 2))
     # 64-bit arithmetic up to the first row, 32-bit offsets from there. ALIGNED promises what makes loads wide: 16-byte
     # addresses, unit stride along the near dimension, and multiples of four along the other.
-    p_tile = p_x.to(tl.pointer_type(TYPE))
+    p_tile = tl.load(p_side + FIELD).to(tl.pointer_type(tl.dtype(TYPE)))
     if ALIGNED:
         # Before the sum: a sum with a start of 0 is folded away, and a hint on it with it.
         p_tile = tl.multiple_of(p_tile, 16)
@@ -57,71 +92,88 @@ def _matrix(
     s_row, s_comp = s_row.to(tl.int32), s_comp.to(tl.int32)
     if ALIGNED:
         p_tile = tl.multiple_of(p_tile, 16)
-        if COMPONENTS_LAST:
+        if LAST:
             s_row, s_comp = tl.multiple_of(s_row, 4), 1
         else:
             s_row, s_comp = 1, tl.multiple_of(s_comp, 4)
-    return p_tile, s_row, s_comp
+    return Matrix(p_tile, s_row, s_comp, n_comp)
 
 
 @triton.jit
-def side_factor(p_side, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COMPONENTS_LAST: tl.constexpr):
-    """Pointer to row ``start`` of the factor, and its strides along rows and components."""
-    s_row, s_comp = tl.load(p_side + FACTOR_ROW), tl.load(p_side + FACTOR_COMP)
-    return _matrix(tl.load(p_side + FACTOR_PTR), s_row, s_comp, start, ALIGNED, COMPONENTS_LAST, TYPE)
+def side_factor(p_side, start, n_comp, T: tl.constexpr, LAST: tl.constexpr):
+    """``x`` from row ``start`` on; LAST: components are neighbours in memory."""
+    return _matrix(p_side, SIDE.value.factor, start, n_comp, T.FACTOR, T.ALIGNED, LAST)
 
 
 @triton.jit
-def side_past(p_side, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COMPONENTS_LAST: tl.constexpr):
-    """As :func:`side_factor`, for the factor of the past; a stored past has the other side's rows as components."""
-    s_row, s_comp = tl.load(p_side + PAST_ROW), tl.load(p_side + PAST_COMP)
-    return _matrix(tl.load(p_side + PAST_PTR), s_row, s_comp, start, ALIGNED, COMPONENTS_LAST, TYPE)
+def side_past(p_side, start, n_comp, T: tl.constexpr, LAST: tl.constexpr):
+    """``y`` from row ``start`` on; a stored past has the other side's rows as components."""
+    return _matrix(p_side, SIDE.value.past, start, n_comp, T.PAST, T.ALIGNED, LAST)
 
 
 @triton.jit
-def count_rows(start, stop, ALIGNED: tl.constexpr):
+def side_energy(p_side, start, T: tl.constexpr):
+    """ρ of the rows, κ of the columns, from row ``start`` on."""
+    p_energy, s_row = tl.load(p_side + SIDE.value.energy), tl.load(p_side + SIDE.value.energy_row)
+    return Vector(p_energy.to(tl.pointer_type(tl.dtype(T.ENERGY))) + start * s_row, s_row.to(tl.int32))
+
+
+@triton.jit
+def side_grad(p_side, start, n_comp, grad_base, T: tl.constexpr):
+    """∂P/∂x from row ``start`` on."""
+    p_grad = (grad_base + tl.load(p_side + SIDE.value.grad_offset)).to(tl.pointer_type(tl.dtype(T.GRAD)))
+    s_row, s_comp = tl.load(p_side + SIDE.value.grad_row), tl.load(p_side + SIDE.value.grad_comp)
+    return Matrix(p_grad + start * s_row, s_row.to(tl.int32), s_comp.to(tl.int32), n_comp)
+
+
+@triton.jit
+def count_rows(start, stop, T: tl.constexpr):
     """``stop - start`` as an int32; ALIGNED promises a multiple of four."""
     n_rows = (stop - start).to(tl.int32)
-    if ALIGNED:
+    if T.ALIGNED:
         n_rows = tl.multiple_of(n_rows, 4)
     return n_rows
 
 
 @triton.jit
-def side_energy(p_side, start, TYPE: tl.constexpr):
-    """Pointer to the energy of row ``start``, and its stride."""
-    s_row = tl.load(p_side + ENERGY_ROW)
-    return tl.load(p_side + ENERGY_PTR).to(tl.pointer_type(TYPE)) + start * s_row, s_row.to(tl.int32)
-
-
-@triton.jit
-def side_grad(p_side, grad_base, start, TYPE: tl.constexpr):
-    """Pointer to row ``start`` of the gradient, and its strides."""
-    p_grad = (grad_base + tl.load(p_side + GRAD_OFFSET)).to(tl.pointer_type(TYPE))
-    s_row = tl.load(p_side + GRAD_ROW)
-    return p_grad + start * s_row, s_row.to(tl.int32), tl.load(p_side + GRAD_COMP).to(tl.int32)
-
-
-@triton.jit
-def load_tile(p_x, s_row, s_comp, o_row, m_row, o_comp, N: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr):
-    """``[rows, components]`` tile, loaded so that lanes are neighbours in memory; zero outside."""
+def load_tile(x, o_row, m_row, o_comp, ACC: tl.constexpr, LAST: tl.constexpr):
+    """``[rows, components]`` tile of a matrix, loaded so that lanes are neighbours in memory; zero outside."""
     if LAST:
-        m_x = m_row[:, None] & (o_comp < N)[None, :]
-        b_x = tl.load(p_x + (o_row[:, None] * s_row + o_comp[None, :] * s_comp), mask=m_x, other=0.0).to(ACC)
+        m_x = m_row[:, None] & (o_comp < x.n_comp)[None, :]
+        b_x = tl.load(x.p + (o_row[:, None] * x.s_row + o_comp[None, :] * x.s_comp), mask=m_x, other=0.0).to(ACC)
     else:
-        m_x = m_row[None, :] & (o_comp < N)[:, None]
-        b_x = tl.load(p_x + (o_row[None, :] * s_row + o_comp[:, None] * s_comp), mask=m_x, other=0.0).to(ACC)
+        m_x = m_row[None, :] & (o_comp < x.n_comp)[:, None]
+        b_x = tl.load(x.p + (o_row[None, :] * x.s_row + o_comp[:, None] * x.s_comp), mask=m_x, other=0.0).to(ACC)
         b_x = tl.trans(b_x)
     return b_x
 
 
 @triton.jit
-def add_tile(p_x, s_row, s_comp, o_row, m_row, o_comp, N: tl.constexpr, b_x, ACC: tl.constexpr):
+def load_vector(e, o_row, m_row, ACC: tl.constexpr):
+    """``[rows]`` of a vector; zero outside."""
+    return tl.load(e.p + o_row * e.s_row, mask=m_row, other=0.0).to(ACC)
+
+
+@triton.jit
+def add_tile(x, o_row, m_row, o_comp, b_x, ACC: tl.constexpr):
     """Add ``b_x`` to a tile in memory: the sum is formed in the accumulator's dtype and rounded once."""
-    p_out = p_x + (o_row[:, None] * s_row + o_comp[None, :] * s_comp)
-    m_out = m_row[:, None] & (o_comp < N)[None, :]
+    p_out = x.p + (o_row[:, None] * x.s_row + o_comp[None, :] * x.s_comp)
+    m_out = m_row[:, None] & (o_comp < x.n_comp)[None, :]
     b_out = tl.load(p_out, mask=m_out, other=0.0).to(ACC) + b_x
     tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def load_products(
+    x, a0, y, c0, o_row, m_row, TX: tl.constexpr, TY: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
+    """``[rows, TX * TY]`` products ``x[i, a]·y[i, c]`` in column ``(a, c)``, components from ``a0`` and ``c0``.
+
+    Two narrow tiles are read and multiplied out in registers; products beyond the last component are zero.
+    """
+    b_x = load_tile(x, o_row, m_row, a0 + tl.arange(0, TX), ACC, LAST)
+    b_y = load_tile(y, o_row, m_row, c0 + tl.arange(0, TY), ACC, LAST)
+    return tl.reshape(b_x[:, :, None] * b_y[:, None, :], (b_x.shape[0], TX * TY))
 
 
 @triton.jit
@@ -156,28 +208,17 @@ def inverse_or_zero(x):
 
 
 @triton.jit
-def store_value(p_layer, p_partials, n_slices, p_values, SLICES: tl.constexpr):
-    """A layer's value from its partial sums, in their fixed order."""
+def sum_slices(p_partials, N_SLICES: tl.constexpr, SLICES: tl.constexpr):
+    """Sum of N_SLICES partial values, by a block of SLICES."""
     o_slice = tl.arange(0, SLICES)
-    b_value = tl.load(p_partials + o_slice, mask=o_slice < n_slices, other=0.0)
-    scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
-    value = tl.sum(b_value) * scaling * scaling
-    tl.store(p_values + tl.load(p_layer + LAYER_VALUE), value.to(p_values.dtype.element_ty))
+    return tl.sum(tl.load(p_partials + o_slice, mask=o_slice < N_SLICES, other=0.0))
 
 
 @triton.jit
-def load_products(
-    p_x, s_xr, s_xc, first_x, p_y, s_yr, s_yc, first_y, o_row, m_row, NX: tl.constexpr, NY: tl.constexpr,
-    BM: tl.constexpr, TX: tl.constexpr, TY: tl.constexpr, ACC: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """``[BM, TX * TY]`` products ``x[i, a]·y[i, c]`` in column ``(a, c)``, components from ``first_x``, ``first_y``.
-
-    Two narrow tiles are read and multiplied out in registers. ``NX``, ``NY``: how many components there are; products
-    beyond are zero.
-    """
-    b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, first_x + tl.arange(0, TX), NX, ACC, LAST)
-    b_y = load_tile(p_y, s_yr, s_yc, o_row, m_row, first_y + tl.arange(0, TY), NY, ACC, LAST)
-    return tl.reshape(b_x[:, :, None] * b_y[:, None, :], (BM, TX * TY))
+def store_value(p_layer, total, p_values):
+    """``P = s²·total`` to the layer's place."""
+    scaling = load_scaling(p_layer + LAYER.value.scaling_bits)
+    tl.store(p_values + tl.load(p_layer + LAYER.value.value), (total * scaling * scaling).to(p_values.dtype.element_ty))
 
 
 @triton.jit

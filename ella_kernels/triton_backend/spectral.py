@@ -1,9 +1,9 @@
 """The projected norm, fused. With ``M = Σ_i y_i x_iᵀ (k, r)`` of each side, past ``y`` and factor ``x``::
 
-    P = s² ‖M_rows M_colsᵀ‖² = s² ⟨M_rowsᵀM_rows, M_colsᵀM_cols⟩      ∂P/∂x_i = 2s² y_iᵀ C,  C = M (M'ᵀM')
+    P = s² ‖M M'ᵀ‖² = s² ⟨MᵀM, M'ᵀM'⟩      ∂P/∂x_i = 2 y_iᵀ C,  C = s² M (M'ᵀM')
 
-where ``'`` is the other side. Three kernels: blocks of M over chunks of rows; C and the value, in float64, because
-nearly orthogonal factors cancel there; the gradients.
+where ``'`` (``_2`` in the code) is the other side. Three kernels: blocks of M over chunks of rows; C and the value, in
+float64, because nearly orthogonal factors cancel there; the gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from ..dispatch import device_key
 from ..layer import Layer
-from .launch import TL_DTYPES, dot_precision, sums_dtype, weight_arguments
+from .launch import TL_DTYPES, dot_precision, launch, sums_dtype, weight_arguments
 from .primitives import (
     add_tile,
     count_rows,
+    find_layer,
+    find_side,
+    load_item,
     load_scaling,
     load_tile,
     load_weight,
@@ -30,181 +33,182 @@ from .primitives import (
     side_past,
     split_scale,
     store_value,
+    sum_slices,
 )
-from .records import (
-    COL_CHUNKS,
-    COL_SLOT,
-    COMPONENTS_ARE_LAST,
-    ITEM,
-    ITEM_FIRST,
-    ITEM_SIDE,
-    ITEM_SLOT,
-    ITEM_START,
-    ITEM_STOP,
-    LAYER,
-    LAYER_SCALING_BITS,
-    ROW_CHUNKS,
-    ROW_SLOT,
-    SIDE,
-)
-from .schedule import Plan, Work, make_plans
+from .schedule import Chunks, Plan, make_plans
 from .split_dot import dot
+from .tables import LAYER, SIDE
 from .tiles import SpectralTile, spectral_tile
 
 __all__ = [
+    "TOUCHED",
+    "Shape",
     "SpectralLaunches",
     "prepare_spectral",
     "spectral_bwd_kernel_factors",
-    "spectral_constants",
     "spectral_fwd_kernel_blocks",
     "spectral_fwd_kernel_reduce",
+    "spectral_shape",
 ]
+
+# The operands that each kernel over items touches. Energies do not enter.
+TOUCHED: dict[str, tuple[str, ...]] = {"blocks": ("factor", "past"), "factors": ("past", "grad")}
+
+
+class Shape(NamedTuple):
+    """Sizes of a class that its kernels are compiled for, ``S`` in them: ranks, and tiles cut to them.
+
+    Attributes:
+        R, K: components of factor and past. BR, BK: the same, of a tile.
+        BM, GM: rows per step of the ``blocks`` and the ``factors`` kernel.
+        N_SLICES: tiles of the past's components. SLICES: the same, as a block.
+    """
+
+    R: int
+    K: int
+    BR: int
+    BK: int
+    BM: int
+    GM: int
+    N_SLICES: int
+    SLICES: int
 
 
 @triton.jit
 def _block(
-    p_side, start, stop, o_k, R: tl.constexpr, K: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
-    BK: tl.constexpr, COMPONENTS_LAST: tl.constexpr,
+    p_side, item, o_k, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr
 ):  # fmt: skip
-    b_block = tl.zeros((BK, BR), dtype=ACC)
-    p_x, s_xr, s_xc = side_factor(p_side, start, FACTOR, ALIGNED, COMPONENTS_LAST)
-    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
-    n_rows = count_rows(start, stop, ALIGNED)
-    for i in range(0, n_rows, BM):
-        o_row = i + tl.arange(0, BM)
+    # M = Σ_i y_i x_iᵀ [BK, BR]
+    BR: tl.constexpr = S.BR
+    b_m = tl.zeros((o_k.shape[0], BR), dtype=ACC)
+    x = side_factor(p_side, item.start, S.R, T, LAST)
+    y = side_past(p_side, item.start, S.K, T, LAST)
+    n_rows = count_rows(item.start, item.stop, T)
+    for i in range(0, n_rows, S.BM):
+        o_row = i + tl.arange(0, S.BM)
         m_row = o_row < n_rows
-        b_x = load_tile(p_x, s_xr, s_xc, o_row, m_row, tl.arange(0, BR), R, ACC, COMPONENTS_LAST)
-        b_y = load_tile(p_y, s_yr, s_yc, o_row, m_row, o_k, K, ACC, COMPONENTS_LAST)
-        b_block = dot(tl.trans(b_y), b_x, b_block, PRECISION, ACC)
-    return b_block
-
-
-@triton.jit
-def spectral_fwd_kernel_blocks(
-    p_sides, p_items, p_blocks, R: tl.constexpr, K: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr,
-    ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    p_item = p_items + tl.program_id(0).to(tl.int64) * ITEM
-    p_side = p_sides + tl.load(p_item + ITEM_SIDE) * SIDE
-    start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-    o_k, o_r = tl.load(p_item + ITEM_FIRST).to(tl.int32) + tl.arange(0, BK), tl.arange(0, BR)
-    if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
-        b_block = _block(p_side, start, stop, o_k, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, BR, BK, True)
-    else:
-        b_block = _block(p_side, start, stop, o_k, R, K, FACTOR, PAST, ALIGNED, ACC, PRECISION, BM, BR, BK, False)
-    p_block = p_blocks + tl.load(p_item + ITEM_SLOT) * (K * R)
-    tl.store(p_block + (o_k[:, None] * R + o_r[None, :]), b_block, mask=(o_k < K)[:, None] & (o_r < R)[None, :])
-
-
-@triton.jit
-def _sum_chunks(
-    p_blocks, slot, n_chunks, o_k, R: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    o_r = tl.arange(0, BR)
-    m_m = (o_k < K)[:, None] & (o_r < R)[None, :]
-    p_m = p_blocks + slot * (K * R) + (o_k[:, None] * R + o_r[None, :])
-    b_m = tl.zeros((BK, BR), dtype=tl.float64)
-    for j in range(0, n_chunks.to(tl.int32)):
-        b_m += tl.load(p_m + j * (K * R), mask=m_m, other=0.0).to(tl.float64)
+        b_x = load_tile(x, o_row, m_row, tl.arange(0, BR), ACC, LAST)
+        b_y = load_tile(y, o_row, m_row, o_k, ACC, LAST)
+        b_m = dot(tl.trans(b_y), b_x, b_m, PRECISION, ACC)
     return b_m
 
 
 @triton.jit
-def spectral_fwd_kernel_reduce(
-    p_layers, p_blocks, p_coefficients, p_partials, R: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr,
+def spectral_fwd_kernel_blocks(
+    p_sides, p_items, p_blocks, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
+    item = load_item(p_items, tl.program_id(0).to(tl.int64))
+    p_side = find_side(p_sides, item.side)
+    o_k, o_r = item.first.to(tl.int32) + tl.arange(0, S.BK), tl.arange(0, S.BR)
+    if tl.load(p_side + SIDE.value.components_are_last) != 0:
+        b_m = _block(p_side, item, o_k, S, T, ACC, PRECISION, True)
+    else:
+        b_m = _block(p_side, item, o_k, S, T, ACC, PRECISION, False)
+    p_m = p_blocks + item.slot * (S.K * S.R) + (o_k[:, None] * S.R + o_r[None, :])
+    tl.store(p_m, b_m, mask=(o_k < S.K)[:, None] & (o_r < S.R)[None, :])
+
+
+@triton.jit
+def _sum_chunks(p_blocks, slot, n_chunks, o_k, S: tl.constexpr):
+    # M [BK, BR] of a side, in float64.
+    BR: tl.constexpr = S.BR
+    o_r = tl.arange(0, BR)
+    m_m = (o_k < S.K)[:, None] & (o_r < S.R)[None, :]
+    p_m = p_blocks + slot * (S.K * S.R) + (o_k[:, None] * S.R + o_r[None, :])
+    b_m = tl.zeros((o_k.shape[0], BR), dtype=tl.float64)
+    for j in range(0, n_chunks.to(tl.int32)):
+        b_m += tl.load(p_m + j * (S.K * S.R), mask=m_m, other=0.0).to(tl.float64)
+    return b_m
+
+
+@triton.jit
+def spectral_fwd_kernel_reduce(p_layers, p_blocks, p_coefficients, p_partials, S: tl.constexpr, ACC: tl.constexpr):
+    BR: tl.constexpr = S.BR
+    BK: tl.constexpr = S.BK
     i_layer, i_side, i_block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    p_layer = p_layers + i_layer * LAYER
-    row_slot, row_chunks = tl.load(p_layer + ROW_SLOT), tl.load(p_layer + ROW_CHUNKS)
-    col_slot, col_chunks = tl.load(p_layer + COL_SLOT), tl.load(p_layer + COL_CHUNKS)
+    p_layer = find_layer(p_layers, i_layer)
     is_rows = i_side == 0
-    own_slot, own_chunks = tl.where(is_rows, row_slot, col_slot), tl.where(is_rows, row_chunks, col_chunks)
-    other_slot, other_chunks = tl.where(is_rows, col_slot, row_slot), tl.where(is_rows, col_chunks, row_chunks)
-    b_gram = tl.zeros((BR, BR), dtype=tl.float64)
-    for k0 in range(0, K, BK):
-        b_m = _sum_chunks(p_blocks, other_slot, other_chunks, k0 + tl.arange(0, BK), R, K, BR, BK)
-        b_gram = dot(tl.trans(b_m), b_m, b_gram, "ieee", tl.float64)
+    row_slot, row_chunks = tl.load(p_layer + LAYER.value.row_slot), tl.load(p_layer + LAYER.value.row_chunks)
+    col_slot, col_chunks = tl.load(p_layer + LAYER.value.col_slot), tl.load(p_layer + LAYER.value.col_chunks)
+    slot, n_chunks = tl.where(is_rows, row_slot, col_slot), tl.where(is_rows, row_chunks, col_chunks)
+    slot_2, n_chunks_2 = tl.where(is_rows, col_slot, row_slot), tl.where(is_rows, col_chunks, row_chunks)
+    # M'ᵀM' [BR, BR]
+    b_gram_2 = tl.zeros((BR, BR), dtype=tl.float64)
+    for k0 in range(0, S.K, BK):
+        b_m_2 = _sum_chunks(p_blocks, slot_2, n_chunks_2, k0 + tl.arange(0, BK), S)
+        b_gram_2 = dot(tl.trans(b_m_2), b_m_2, b_gram_2, "ieee", tl.float64)
+    # C / s² = M (M'ᵀM') [BK, BR]
     o_k, o_r = i_block * BK + tl.arange(0, BK), tl.arange(0, BR)
-    b_m = _sum_chunks(p_blocks, own_slot, own_chunks, o_k, R, K, BR, BK)
-    b_c = dot(b_m, b_gram, tl.zeros((BK, BR), dtype=tl.float64), "ieee", tl.float64)
-    p_c = p_coefficients + (2 * i_layer + i_side) * (K * R) + (o_k[:, None] * R + o_r[None, :])
-    scaling = load_scaling(p_layer + LAYER_SCALING_BITS)
-    tl.store(p_c, (b_c * (scaling * scaling)).to(ACC), mask=(o_k < K)[:, None] & (o_r < R)[None, :])
-    tl.store(p_partials + i_layer * tl.num_programs(2) + i_block, tl.sum(b_m * b_c), mask=is_rows)
+    b_m = _sum_chunks(p_blocks, slot, n_chunks, o_k, S)
+    b_c = dot(b_m, b_gram_2, tl.zeros((BK, BR), dtype=tl.float64), "ieee", tl.float64)
+    p_c = p_coefficients + (2 * i_layer + i_side) * (S.K * S.R) + (o_k[:, None] * S.R + o_r[None, :])
+    scaling = load_scaling(p_layer + LAYER.value.scaling_bits)
+    tl.store(p_c, (b_c * (scaling * scaling)).to(ACC), mask=(o_k < S.K)[:, None] & (o_r < S.R)[None, :])
+    # ⟨M, C / s²⟩ = ⟨MᵀM, M'ᵀM'⟩
+    tl.store(p_partials + i_layer * S.N_SLICES + i_block, tl.sum(b_m * b_c), mask=is_rows)
 
 
 @triton.jit
 def _factor_grads(
-    p_side, p_c, grad_base, start, stop, scale, spare, R: tl.constexpr, K: tl.constexpr, PAST: tl.constexpr,
-    GRAD: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, COMPONENTS_LAST: tl.constexpr,
+    p_side, item, p_c, grad_base, scale, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    p_y, s_yr, s_yc = side_past(p_side, start, PAST, ALIGNED, COMPONENTS_LAST)
-    p_g, s_gr, s_gc = side_grad(p_side, grad_base, start, GRAD)
-    n_rows = count_rows(start, stop, ALIGNED)
+    GM: tl.constexpr = S.GM
+    BR: tl.constexpr = S.BR
+    y = side_past(p_side, item.start, S.K, T, LAST)
+    g = side_grad(p_side, item.start, S.R, grad_base, T)
+    n_rows = count_rows(item.start, item.stop, T)
     o_r = tl.arange(0, BR)
-    for i in range(0, n_rows, BM):
-        o_row = i + tl.arange(0, BM)
+    for i in range(0, n_rows, GM):
+        o_row = i + tl.arange(0, GM)
         m_row = o_row < n_rows
-        b_grad = tl.zeros((BM, BR), dtype=ACC)
-        for k0 in range(0, K, BK):
-            o_k = k0 + tl.arange(0, BK)
-            b_y = load_tile(p_y, s_yr, s_yc, o_row, m_row, o_k, K, ACC, COMPONENTS_LAST)
-            m_c = (o_k < K)[:, None] & (o_r < R)[None, :]
-            b_c = tl.load(p_c + (o_k[:, None] * R + o_r[None, :]), mask=m_c, other=0.0)
-            b_grad = dot(b_y, b_c, b_grad, PRECISION, ACC)
-        add_tile(p_g, s_gr, s_gc, o_row, m_row, o_r, R, b_grad * scale * spare, ACC)
+        # y_iᵀ C [GM, BR]
+        b_g = tl.zeros((GM, BR), dtype=ACC)
+        for k0 in range(0, S.K, S.BK):
+            o_k = k0 + tl.arange(0, S.BK)
+            b_y = load_tile(y, o_row, m_row, o_k, ACC, LAST)
+            m_c = (o_k < S.K)[:, None] & (o_r < S.R)[None, :]
+            b_c = tl.load(p_c + (o_k[:, None] * S.R + o_r[None, :]), mask=m_c, other=0.0)
+            b_g = dot(b_y, b_c, b_g, PRECISION, ACC)
+        add_tile(g, o_row, m_row, o_r, b_g * scale[0] * scale[1], ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weight", "grad_base", "n_layers"])
 def spectral_bwd_kernel_factors(
     p_layers, p_sides, p_items, p_coefficients, p_partials, p_values, p_weight, weight: tl.float64,
-    grad_base: tl.int64, n_layers, R: tl.constexpr, K: tl.constexpr, FACTOR: tl.constexpr, PAST: tl.constexpr,
-    ENERGY_TYPE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, WEIGHT_IS_TENSOR: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr,
+    grad_base: tl.int64, n_layers, S: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    N_SLICES: tl.constexpr = (K + BK - 1) // BK
-    i_item = tl.program_id(0).to(tl.int64)
-    if i_item < n_layers:
-        store_value(p_layers + i_item * LAYER, p_partials + i_item * N_SLICES, N_SLICES, p_values, SLICES)
+    i_program = tl.program_id(0).to(tl.int64)
+    if i_program < n_layers:
+        total = sum_slices(p_partials + i_program * S.N_SLICES, S.N_SLICES, S.SLICES)
+        store_value(find_layer(p_layers, i_program), total, p_values)
     else:
-        p_item = p_items + (i_item - n_layers) * ITEM
-        i_side = tl.load(p_item + ITEM_SIDE)
-        p_side = p_sides + i_side * SIDE
-        start, stop = tl.load(p_item + ITEM_START), tl.load(p_item + ITEM_STOP)
-        p_c = p_coefficients + i_side * (K * R)
-        scale, spare = split_scale(2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR), ACC)
-        if tl.load(p_side + COMPONENTS_ARE_LAST) != 0:
-            _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, spare, R, K, PAST, GRAD, ALIGNED, ACC, PRECISION, BM, BR,
-                BK, True
-            )  # fmt: skip
+        item = load_item(p_items, i_program - n_layers)
+        p_side = find_side(p_sides, item.side)
+        p_c = p_coefficients + item.side * (S.K * S.R)
+        scale = split_scale(2.0 * load_weight(p_weight, weight, WEIGHT_IS_TENSOR), ACC)
+        if tl.load(p_side + SIDE.value.components_are_last) != 0:
+            _factor_grads(p_side, item, p_c, grad_base, scale, S, T, ACC, PRECISION, True)
         else:
-            _factor_grads(
-                p_side, p_c, grad_base, start, stop, scale, spare, R, K, PAST, GRAD, ALIGNED, ACC, PRECISION, BM, BR,
-                BK, False
-            )  # fmt: skip
+            _factor_grads(p_side, item, p_c, grad_base, scale, S, T, ACC, PRECISION, False)
 
 
-def spectral_constants(r: int, k: int, tile: SpectralTile) -> dict:
+def spectral_shape(r: int, k: int, tile: SpectralTile) -> Shape:
     """Cut a row of the tile table to ranks ``r`` and ``k``; dots need at least 16 of everything."""
-    return {
-        "R": r,
-        "K": k,
-        "BR": max(16, triton.next_power_of_2(r)),
-        "BK": min(tile.past_components, max(16, triton.next_power_of_2(k))),
-    }
+    BR, BK = max(16, triton.next_power_of_2(r)), min(tile.past_components, max(16, triton.next_power_of_2(k)))
+    n_slices = -(-k // BK)
+    return Shape(
+        R=r, K=k, BR=BR, BK=BK, BM=tile.rows, GM=tile.grad_rows, N_SLICES=n_slices,
+        SLICES=triton.next_power_of_2(n_slices),
+    )  # fmt: skip
 
 
 class SpectralLaunches(NamedTuple):
     """Layers of one class up to their launches; holds device tables, no operand."""
 
     plans: list[Plan]
-    sizes: dict
+    shape: Shape
     tile: SpectralTile
     dtype: torch.dtype
     sums: torch.dtype
@@ -212,43 +216,35 @@ class SpectralLaunches(NamedTuple):
 
     def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
         """As :meth:`gram.GramLaunches.launch`."""
-        for plan in self.plans:
-            self._launch_plan(plan, weight, values, grad_base)
-
-    def _launch_plan(self, plan: Plan, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
-        tile, device, elements = self.tile, values.device, self.sizes["R"] * self.sizes["K"]
-        n_slices = -(-self.sizes["K"] // self.sizes["BK"])
-        blocks = torch.empty(plan.n_slots * elements, dtype=self.sums, device=device)
-        coefficients = torch.empty(2 * plan.n_layers * elements, dtype=self.dtype, device=device)
-        partials = torch.empty(plan.n_layers * n_slices, dtype=torch.float64, device=device)
+        S, tile, device, elements = self.shape, self.tile, values.device, self.shape.R * self.shape.K
         exact = "ieee" if self.sums == torch.float64 else self.precision
-        sizes = self.sizes | {"ACC": TL_DTYPES[self.dtype]}
-        compiled = {"num_warps": tile.warps, "num_stages": tile.stages}
-        for launch in plan.launches:
-            spectral_fwd_kernel_blocks[(launch.n_blocks,)](
-                plan.sides,
-                launch.blocks,
-                blocks,
-                **sizes | {"ACC": TL_DTYPES[self.sums]},
-                **launch.constants,
-                PRECISION=exact,
-                BM=tile.rows,
-                **compiled,
-            )
-        spectral_fwd_kernel_reduce[(plan.n_layers, 2, n_slices)](
-            plan.layers, blocks, coefficients, partials, **sizes, num_warps=tile.warps
-        )
-        for i, launch in enumerate(plan.launches):
-            # The first launch of a plan also finishes the values.
-            n_layers = plan.n_layers if i == 0 else 0
-            if n_layers + launch.n_grads == 0:
-                continue
-            spectral_bwd_kernel_factors[(n_layers + launch.n_grads,)](
-                plan.layers, plan.sides, launch.grads, coefficients, partials, values,
-                *weight_arguments(weight, values), grad_base, n_layers, **sizes, **launch.constants,
-                WEIGHT_IS_TENSOR=isinstance(weight, Tensor), PRECISION=self.precision, BM=tile.grad_rows,
-                SLICES=triton.next_power_of_2(n_slices), **compiled,
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        for plan in self.plans:
+            # (n_slots, K, R); (n_layers, 2, K, R); (n_layers, N_SLICES)
+            blocks = torch.empty(plan.n_slots * elements, dtype=self.sums, device=device)
+            coefficients = torch.empty(2 * plan.n_layers * elements, dtype=self.dtype, device=device)
+            partials = torch.empty(plan.n_layers * S.N_SLICES, dtype=torch.float64, device=device)
+            for part in plan.launches["blocks"]:
+                launch(
+                    spectral_fwd_kernel_blocks, (part.n_items,), options, p_sides=plan.sides, p_items=part.items,
+                    p_blocks=blocks, S=S, T=part.types, ACC=TL_DTYPES[self.sums], PRECISION=exact,
+                )  # fmt: skip
+            launch(
+                spectral_fwd_kernel_reduce, (plan.n_layers, 2, S.N_SLICES), {"num_warps": tile.warps},
+                p_layers=plan.layers, p_blocks=blocks, p_coefficients=coefficients, p_partials=partials, S=S,
+                ACC=TL_DTYPES[self.dtype],
             )  # fmt: skip
+            for i, part in enumerate(plan.launches["factors"]):
+                # The first launch of a plan also finishes the values.
+                n_layers = plan.n_layers if i == 0 else 0
+                if n_layers + part.n_items == 0:
+                    continue
+                launch(
+                    spectral_bwd_kernel_factors, (n_layers + part.n_items,), options, p_layers=plan.layers,
+                    p_sides=plan.sides, p_items=part.items, p_coefficients=coefficients, p_partials=partials,
+                    p_values=values, **weight_arguments(weight, values), grad_base=grad_base, n_layers=n_layers, S=S,
+                    T=part.types, ACC=TL_DTYPES[self.dtype], PRECISION=self.precision,
+                )  # fmt: skip
 
 
 def prepare_spectral(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> SpectralLaunches:
@@ -259,6 +255,8 @@ def prepare_spectral(layers: Sequence[Layer], precision: str, positions: Sequenc
     precision = dot_precision(precision, dtype, device)
     _, _, r, k = layers[0].sizes
     tile = spectral_tile(device_key(device), precision)
-    sizes = spectral_constants(r, k, tile)
-    work = Work(tile.rows, tile.grad_rows, k * r, sums.itemsize, [(c, 0, 0, 0) for c in range(0, k, sizes["BK"])])
-    return SpectralLaunches(make_plans(layers, positions, work), sizes, tile, dtype, sums, precision)
+    shape = spectral_shape(r, k, tile)
+
+    tiles = [(c, 0, 0, 0) for c in range(0, k, shape.BK)]
+    chunks = Chunks.of(layers, TOUCHED, tile.rows, tile.grad_rows, tiles, k * r * sums.itemsize)
+    return SpectralLaunches(make_plans(layers, positions, chunks), shape, tile, dtype, sums, precision)
