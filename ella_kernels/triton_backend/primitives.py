@@ -102,13 +102,16 @@ def _matrix(
 @triton.jit
 def side_factor(p_side, start, n_comp, T: tl.constexpr, LAST: tl.constexpr):
     """``x`` from row ``start`` on; LAST: components are neighbours in memory."""
-    return _matrix(p_side, SIDE.value.factor, start, n_comp, T.FACTOR, T.ALIGNED, LAST)
+    # Triton 3.6 takes no bare string as an argument.
+    TYPE: tl.constexpr = T.FACTOR
+    return _matrix(p_side, SIDE.value.factor, start, n_comp, TYPE, T.ALIGNED, LAST)
 
 
 @triton.jit
 def side_past(p_side, start, n_comp, T: tl.constexpr, LAST: tl.constexpr):
     """``y`` from row ``start`` on; a stored past has the other side's rows as components."""
-    return _matrix(p_side, SIDE.value.past, start, n_comp, T.PAST, T.ALIGNED, LAST)
+    TYPE: tl.constexpr = T.PAST
+    return _matrix(p_side, SIDE.value.past, start, n_comp, TYPE, T.ALIGNED, LAST)
 
 
 @triton.jit
