@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ella_kernels.torch_backend.gram import _Workspace
+from ella_kernels.torch_backend.batching import Workspace
 
 ALLOCATIONS = {
     "empty": "torch.empty(3, dtype=like.dtype)",
@@ -18,7 +18,7 @@ def allocated(name, module, dtype):
 
 
 @pytest.mark.parametrize(
-    "module", ["ella", "ella.past", "ella_kernels.torch_backend.gram", "ella_kernels.triton_backend.gram"]
+    "module", ["ella", "ella.past", "ella_kernels.torch_backend.batching", "ella_kernels.triton_backend.gram"]
 )
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_floats_of_the_packages_are_nan(name, module):
@@ -33,14 +33,14 @@ def test_others_and_integers_are_left_alone(name, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, value: filled.append(tensor))
     for module in ("torch.nn.init", "peft.tuners.lora.layer", "ellarium", "tests.kernels.cases"):
         allocated(name, module, torch.float32)
-    assert allocated(name, "ella_kernels.torch_backend.gram", torch.int64).dtype == torch.int64
+    assert allocated(name, "ella_kernels.torch_backend.batching", torch.int64).dtype == torch.int64
     assert not filled
-    allocated(name, "ella_kernels.torch_backend.gram", torch.float32)
+    allocated(name, "ella_kernels.torch_backend.batching", torch.float32)
     assert len(filled) == 1
 
 
 def test_work_buffers_of_the_packages_are_poisoned():
-    assert _Workspace().take("any", torch.zeros(1), 2, 3).isnan().all()
+    assert Workspace().take("any", torch.zeros(1), 2, 3).isnan().all()
 
 
 def test_compiled_callers_are_traced_without_the_poison():

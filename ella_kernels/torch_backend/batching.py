@@ -1,7 +1,8 @@
-"""Many layers as one problem: batches of layers of one shape, and gradients on their way to their targets."""
+"""Many layers as one problem: batches of layers of one shape, their work memory, and gradients to their targets."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor
 
 from ..layer import Layer
 
-__all__ = ["deliver", "run_batches", "shares", "stack"]
+__all__ = ["WORK_BYTES", "Workspace", "deliver", "run_batches", "shares", "stack"]
+
+# What the work tensors of one batch take together, for every algorithm and whatever the layers: large enough that the
+# operations, not their launching, take the time; small enough to stay in a shared cache.
+WORK_BYTES = 2**23
 
 
 def run_batches(
@@ -27,6 +32,26 @@ def run_batches(
             chosen = indices[start : start + size]
             values.update(zip(chosen, batch([layers[i] for i in chosen]).unbind(), strict=True))
     return [values[i] for i in range(len(layers))]
+
+
+class Workspace:
+    """Named buffers kept for one call: fresh pages for every product would cost more than the product."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Uninitialised view of ``shape``; valid until the name is taken again."""
+        size, key = math.prod(shape), (name, like.dtype)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = like.new_empty(size)
+        return self._buffers[key][:size].view(shape)
+
+    def stack(self, name: str, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """:func:`stack` into the buffer ``name``; a single tensor that fits is viewed, not copied."""
+        if len(tensors) == 1 or any(tensor.dtype != dtype for tensor in tensors):
+            return stack(tensors, dtype)
+        return torch.stack(tensors, out=self.take(name, tensors[0], len(tensors), *tensors[0].shape))
 
 
 def stack(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -19,7 +19,6 @@ numbers, are multiplied back in float64, where they have room.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from .batching import deliver, run_batches, shares, stack
+from .batching import Workspace, deliver, run_batches, shares, stack
 from .powers import narrowed, operand_units, over
 
 __all__ = ["hadamard_gram"]
@@ -63,26 +62,6 @@ def _multiplicity(m: int, diagonals: range, like: Tensor) -> Tensor:
     return omega
 
 
-class _Workspace:
-    """Named buffers kept for one call: fresh pages for every product would cost more than the product."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple, Tensor] = {}
-
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """Uninitialised view of ``shape``; valid until the name is taken again."""
-        size, key = math.prod(shape), (name, like.dtype)
-        if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers[key] = like.new_empty(size)
-        return self._buffers[key][:size].view(shape)
-
-    def stack(self, name: str, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """:func:`stack` into the buffer ``name``; a single tensor that fits is viewed, not copied."""
-        if len(tensors) == 1 or any(tensor.dtype != dtype for tensor in tensors):
-            return stack(tensors, dtype)
-        return torch.stack(tensors, out=self.take(name, tensors[0], len(tensors), *tensors[0].shape))
-
-
 class _Side:
     """Rows of B with L, or columns of A with R, of ``n`` layers: factors ``(n, r, c)``, pasts ``(n, k, c)``.
 
@@ -94,7 +73,7 @@ class _Side:
     """
 
     def __init__(
-        self, name: str, work: _Workspace, factor: Tensor, past: Tensor, energy: Tensor | None, limit: int,
+        self, name: str, work: Workspace, factor: Tensor, past: Tensor, energy: Tensor | None, limit: int,
         units: Sequence[Tensor] | None,
     ) -> None:  # fmt: skip
         self.name, self.work, self.limit = name, work, limit
@@ -166,7 +145,7 @@ def _layers_per_batch(layer: Layer) -> int:
     return min(_WORK, (out * in_ - 1) // 2) // (max(out, in_) * pairs)
 
 
-def _sides(group: list[Layer], work: _Workspace, dtype: torch.dtype) -> list[_Side]:
+def _sides(group: list[Layer], work: Workspace, dtype: torch.dtype) -> list[_Side]:
     """Rows and columns of ``group``: one side of both where a square layer's work is small, else two."""
     out, in_, r, k = group[0].sizes
     sides = {
@@ -209,11 +188,11 @@ def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list
     Work memory: four tensors of 2¹⁹ elements, a copy of one batch of layers (where it has more than one) and ``r·k²``
     coefficients, whatever the layer's size.
     """
-    work = _Workspace()
+    work = Workspace()
     return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight, work, group[0].dtype))
 
 
-def _batch(group: list[Layer], weight: Tensor | float, work: _Workspace, dtype: torch.dtype) -> Tensor:
+def _batch(group: list[Layer], weight: Tensor | float, work: Workspace, dtype: torch.dtype) -> Tensor:
     first, n = group[0], len(group)
     sides = _sides(group, work, dtype)
     r, k, like = sides[0].r, sides[0].k, sides[0].factor

@@ -6,6 +6,7 @@ beside factors of 2⁻⁴⁰ have squares of 2⁸⁰ and 2⁻⁸⁰, and pairs o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 __all__ = ["narrowed", "operand_units", "over", "units"]
 
 _EXPONENT = 0x7FF << 52
+# Of an operand's largest element. Eight elements of the target, summed over a tile, are far from the end of fp32, and
+# what is small beside outliers is far from its beginning.
+_SMALLEST, _GREATEST, _TARGET = 2.0**-12, 2.0**12, 2.0**4
 
 
 def units(sizes: Tensor, smallest: float, greatest: float, *targets: float) -> Tensor | None:
@@ -43,11 +47,27 @@ def operand_units(matrices: Sequence[Tensor], energies: Sequence[Tensor]) -> lis
     Returns:
         ``(n,)`` of each; None if all are 1.
     """
+    if _are_usual(matrices, energies):
+        return None
     sizes = [*map(_largest, matrices), *(t.amax(1).sqrt() for t in energies)]
-    # Eight elements of 2⁴, summed over a tile, are far from the end of fp32, and what is small beside outliers is far
-    # from its beginning.
-    found = units(torch.cat(sizes), 2.0**-12, 2.0**12, 2.0**4)
+    found = units(torch.cat(sizes), _SMALLEST, _GREATEST, _TARGET)
     return None if found is None else list(found.split(list(map(len, sizes))))
+
+
+def _are_usual(matrices: Sequence[Tensor], energies: Sequence[Tensor]) -> bool:
+    """Whether all units are known to be 1, by norms, which take one pass: the largest element is between root and norm.
+
+    On a CPU only: looking at them would make the host wait for a device.
+    """
+    for t in matrices:
+        if t.device.type != "cpu":
+            return False
+        if t.numel():
+            norms = torch.linalg.vector_norm(t, 2, (1, 2), dtype=None if t.dtype == torch.float64 else torch.float32)
+            smallest = _SMALLEST * math.sqrt(t.shape[1] * t.shape[2])
+            if not all(smallest <= norm <= _GREATEST for norm in norms.tolist()):
+                return False
+    return all(_SMALLEST**2 <= size <= _GREATEST**2 or size == 0 for t in energies for size in t.amax(1).tolist())
 
 
 def _largest(matrices: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Algorithms "stream" and "dense": tiles of ``B·A`` against tiles of the past, in plain torch.
 
 The past is a tile source. "stream" rebuilds each tile from the factors, ``L·R``; "dense" reads it from a stored matrix.
-One pass gives the value and both gradients (docs/math.md); nothing of more than a tile is kept.
+One pass gives the gradients, and from them the value (docs/math.md); nothing of more than a tile is kept. Of layers
+under :data:`WIDE` a tile is a whole layer, or several of one shape in batched products.
 """
 
 from __future__ import annotations
@@ -13,17 +14,33 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from .batching import deliver, shares, stack
+from .batching import WORK_BYTES, Workspace, deliver, run_batches, shares, stack
 from .powers import operand_units, over
 
-__all__ = ["hadamard_stream"]
+__all__ = ["WIDE", "hadamard_stream"]
 
-# Elements of one tile. Four fp32 tiles of 2**17 stay in cache together; the matmuls are still large enough.
-_TILE = 2**17
+# Layers this wide are cut into tiles smaller than they are.
+WIDE = 512
+# Two tiles, of B·A and of the past, stay in a core's own cache together; the products are still large enough.
+_TILE_BYTES = WORK_BYTES // 16
 
 
-def _tiles(out: int, in_: int) -> Iterator[tuple[slice, slice]]:
-    limit = min(_TILE, max(1, out * in_ // 4))
+def _layers_per_batch(layer: Layer) -> int:
+    out, in_, r, k = layer.sizes
+    if max(out, in_) >= WIDE:
+        return 1
+    size = layer.dtype.itemsize
+    # Stacked operands and both gradients; two more copies where they are of odd sizes.
+    operands = size * (out + in_) * (4 * r + 3 * k + 2)
+    return min(_TILE_BYTES // (size * out * in_), WORK_BYTES // 2 // operands)
+
+
+def _tiles(out: int, in_: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
+    limit = _TILE_BYTES // itemsize
+    if max(out, in_) >= WIDE:
+        limit = min(limit, max(1, out * in_ // 4))
+    elif out * in_ <= 2 * limit:
+        limit = out * in_
     cols = min(in_, 4096, limit)
     rows = max(1, limit // cols)
     for i in range(0, out, rows):
@@ -35,16 +52,22 @@ def hadamard_stream(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> li
     """Hadamard penalty of each layer by tiles; arguments, results and gradients as ``gram.hadamard_gram``.
 
     A layer whose ``right`` is None has its past stored in ``left``; it is only read, tile by tile.
+
+    Work memory: two tiles of 512 KiB, the gradients, and a copy of the operands where they are stacked, strided, of
+    another dtype or of odd sizes: within ``WORK_BYTES`` for the layers of a batch, and whatever one layer takes.
     """
-    return [_layer(layer, weight) for layer in layers]
+    work = Workspace()
+    return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight, work))
 
 
 class _Operands(NamedTuple):
-    """What tiles are made of, and the powers of two it was divided by.
+    """What tiles are made of, stacked, and the powers of two they were divided by, ``(n,)`` float64 or None for 1.
 
     Attributes:
-        right: None where ``left`` is the past: its tiles are still to be divided by ``tile_unit``.
-        shares, cols: energies, or None.
+        a, b: ``(n, r, in)`` and ``(n, out, r)``.
+        left, right: ``(n, out, k)`` and ``(n, k, in)``; ``right`` is None where ``left`` is the past, of any dtype: its
+            tiles are still to be divided by ``unit_past``.
+        shares, cols: energies ``(n, out)`` and ``(n, in)``, or None.
         unit_past: of the past; its square is that of the energies' product.
     """
 
@@ -54,66 +77,82 @@ class _Operands(NamedTuple):
     right: Tensor | None
     shares: Tensor | None
     cols: Tensor | None
-    unit_a: Tensor | float = 1.0
-    unit_b: Tensor | float = 1.0
-    unit_past: Tensor | float = 1.0
-    tile_unit: Tensor | float = 1.0
+    unit_a: Tensor | None = None
+    unit_b: Tensor | None = None
+    unit_past: Tensor | None = None
+
+    def past_squared(self, i: slice, j: slice, out: Tensor) -> Tensor:
+        """``W ⊙ W (+ ρκᵀ/τ)`` of a tile."""
+        if self.right is not None:
+            torch.bmm(self.left[:, i], self.right[:, :, j], out=out)
+        else:
+            out.copy_(self.left[:, i, j])
+            if self.unit_past is not None:
+                out.div_(self.unit_past[:, None, None])
+        out.square_()
+        if self.shares is not None and self.cols is not None:
+            out.addcmul_(self.shares[:, i, None], self.cols[:, None, j])
+        return out
 
 
-def _layer(layer: Layer, weight: Tensor | float) -> Tensor:
-    dtype, s = layer.dtype, layer.scaling
-    given = _operands(layer)
-    a, b, left, right = given[:4]
-    value = torch.zeros((), dtype=torch.float64, device=a.device)
-    with_grad = layer.grad_A is not None
-    if with_grad:
-        grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-    for i, j in _tiles(b.shape[0], a.shape[1]):
-        delta = b[i] @ a[:, j]
-        past = left[i, j].to(dtype) / given.tile_unit if right is None else left[i] @ right[:, j]
-        squared = past.square_()
-        if given.shares is not None:
-            squared.addcmul_(given.shares[i, None], given.cols[None, j])
-        h = squared.mul_(delta)  # ΔW ⊙ W ⊙ W
-        value += torch.dot(h.flatten(), delta.flatten())
+def _batch(group: list[Layer], weight: Tensor | float, work: Workspace) -> Tensor:
+    given = _operands(group, work)
+    a, b = given.a, given.b
+    n, r, in_ = a.shape
+    out = b.shape[1]
+    with_grad = group[0].grad_A is not None
+    # The gradient of B lies as A does: products with tall results of r columns are half as fast.
+    grad_a, grad_b = work.take("grad A", a, n, r, in_), work.take("grad B", a, n, r, out)
+    for i, j in _tiles(out, in_, a.dtype.itemsize):
+        shape = n, i.stop - i.start, j.stop - j.start
+        delta = torch.bmm(b[:, i], a[:, :, j], out=work.take("delta", a, *shape))
+        h = given.past_squared(i, j, work.take("past", a, *shape)).mul_(delta)  # ΔW ⊙ W ⊙ W
+        grad_b[:, :, i].baddbmm_(a[:, :, j], h.mT, beta=float(j.start > 0))
         if with_grad:
-            grad_b[i].addmm_(h, a[:, j].mT)
-            grad_a[:, j].addmm_(b[i].mT, h)
-    unit = given.unit_a * given.unit_b * given.unit_past * s
+            grad_a[:, :, j].baddbmm_(b[:, i].mT, h, beta=float(i.start > 0))
+    wide_b = grad_b.double()
+    values = (wide_b * b.mT).sum((1, 2))  # ‖ΔW ⊙ W‖² = ⟨H·Aᵀ, B⟩
+    unit = unit_past = torch.tensor([layer.scaling for layer in group], dtype=torch.float64).to(a.device)
+    units = given.unit_a, given.unit_b
+    if given.unit_a is not None and given.unit_b is not None and given.unit_past is not None:
+        unit_past = unit * given.unit_past
+        unit = unit_past * given.unit_a * given.unit_b
     if with_grad:
-        scale = 2 * unit * given.unit_past * s * weight
-        deliver([layer.grad_B], [grad_b.double() * (given.unit_a * scale)])
-        deliver([layer.grad_A], [grad_a.double() * (given.unit_b * scale)])
-    return (value * unit * unit).to(dtype)
+        scale = 2 * unit * unit_past * weight
+        of_b, of_a = (scale if own is None else scale * own for own in units)
+        deliver([layer.grad_B.mT for layer in group], wide_b.mul_(of_b[:, None, None]).unbind())
+        deliver([layer.grad_A for layer in group], grad_a.double().mul_(of_a[:, None, None]).unbind())
+    return (values * unit * unit).to(a.dtype)
 
 
-def _operands(layer: Layer) -> _Operands:
-    dtype, is_stored = layer.dtype, layer.right is None
-    past = [layer.left[None]] if is_stored else [layer.left.to(dtype)[None], layer.right.to(dtype)[None]]
-    matrices = [layer.lora_A.to(dtype)[None], layer.lora_B.to(dtype)[None], *past]
-    energies = [] if layer.row_energy is None else [shares([layer.row_energy]), stack([layer.col_energy])]
+def _operands(group: list[Layer], work: Workspace) -> _Operands:
+    first, n = group[0], len(group)
+    dtype, is_stored = first.dtype, first.right is None
+    names = ("lora_A", "lora_B") if is_stored else ("lora_A", "lora_B", "left", "right")
+    matrices = [work.stack(name, [getattr(layer, name) for layer in group], dtype) for name in names]
+    if is_stored:
+        # One matrix is read where it lies, in its own dtype.
+        matrices.append(first.left[None] if n == 1 else work.stack("left", [layer.left for layer in group], dtype))
+    energies = []
+    if first.row_energy is not None:
+        energies = [shares([layer.row_energy for layer in group]), stack([layer.col_energy for layer in group])]
     units = operand_units(matrices, energies)
-    own: tuple[Tensor | float, ...] = ()
+    own: tuple[Tensor, ...] = ()
     if units is not None:
-        unit_a, unit_b, *units_past = (unit[0] for unit in units[: len(matrices)])
-        unit_past = unit_left = units_past[0]
-        if not is_stored:
-            unit_past = unit_past * units_past[1]
+        unit_a, unit_b, unit_left, *unit_right = units[: len(matrices)]
+        unit_past = unit_left if is_stored else unit_left * unit_right[0]
         if energies:
             # Squares and energies are added up: the larger ones decide.
-            unit_energy = (units[-2] * units[-1])[0]
+            unit_energy = units[-2] * units[-1]
             common = torch.maximum(unit_past, unit_energy)
             energies = [
                 over(t, unit.square() * (common / unit_energy), dtype)
                 for t, unit in zip(energies, units[-2:], strict=True)
             ]
             unit_left, unit_past = unit_left * (common / unit_past), common
-        matrices[:2] = [over(matrices[0], unit_a, dtype), over(matrices[1], unit_b, dtype)]
-        if not is_stored:
-            matrices[2:] = [over(matrices[2], unit_left, dtype), over(matrices[3], units_past[1], dtype)]
-        own = unit_a, unit_b, unit_past, unit_past if is_stored else 1.0
-    a, b, left, *right = (t[0] for t in matrices)
-    if layer.algorithm == "dense" and not is_stored:
-        left, right = left @ right[0], []
-    rows, cols = (t[0].to(dtype) for t in energies) if energies else (None, None)
+        divisors = [unit_a, unit_b] if is_stored else [unit_a, unit_b, unit_left, *unit_right]
+        matrices[: len(divisors)] = [over(t, unit, dtype) for t, unit in zip(matrices, divisors, strict=False)]
+        own = unit_a, unit_b, unit_past
+    a, b, left, *right = matrices
+    rows, cols = (t.to(dtype) for t in energies) if energies else (None, None)
     return _Operands(a, b, left, right[0] if right else None, rows, cols, *own)
