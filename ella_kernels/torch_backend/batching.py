@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..layer import Layer
 
-__all__ = ["WORK_BYTES", "Workspace", "deliver", "run_batches", "shares", "stack"]
+__all__ = ["WIDE", "WORK_BYTES", "Workspace", "deliver", "is_wide", "run_batches", "shares", "stack"]
 
 # What the work tensors of one batch take together, for every algorithm and whatever the layers: large enough that the
 # operations, not their launching, take the time; small enough to stay in a shared cache.
-WORK_BYTES = 2**23
+WORK_BYTES = 12 * 2**20
+# Layers this wide, in either direction, are worked off in tensors of fewer elements than the weight.
+WIDE = 512
 
 
 def run_batches(
@@ -61,6 +63,12 @@ def stack(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tens
     return torch.stack([t.to(dtype) for t in tensors])
 
 
+def is_wide(layer: Layer) -> bool:
+    """Whether no work tensor may have as many elements as the layer's weight; of narrow layers, bytes alone count."""
+    out, in_, *_ = layer.sizes
+    return max(out, in_) >= WIDE
+
+
 def shares(energies: Sequence[Tensor]) -> Tensor:
     """Row energies ``ρ`` over their sum ``τ``, ``(n, out)`` float64; all zero where nothing was dropped.
 
@@ -71,10 +79,13 @@ def shares(energies: Sequence[Tensor]) -> Tensor:
     return torch.where(total == 0, 0, rows / total)
 
 
-def deliver(targets: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Add each gradient, float32 or float64, to its target; the sum is formed in the wider dtype and rounded once."""
+def deliver(targets: Sequence[Tensor], grads: Tensor) -> None:
+    """Add gradients ``(n, …)``, float32 or float64, to a target each; the sum is formed in float32 or a wider dtype."""
+    if not any(target.dtype == torch.float64 for target in targets):
+        # Once for all: adding what is of another dtype converts it piece by piece.
+        grads = grads.float()
     if len(set(map(Tensor.data_ptr, targets))) == len(targets):
-        torch._foreach_add_(list(targets), list(grads))
+        torch._foreach_add_(list(targets), list(grads.unbind()))
         return
-    for target, grad in zip(targets, grads, strict=True):
+    for target, grad in zip(targets, grads.unbind(), strict=True):
         target.add_(grad)

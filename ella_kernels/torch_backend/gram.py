@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from .batching import Workspace, deliver, run_batches, shares, stack
+from .batching import WORK_BYTES, Workspace, deliver, is_wide, run_batches, shares, stack
 from .powers import narrowed, operand_units, over
 
 __all__ = ["hadamard_gram"]
 
-# Elements of one work tensor, of which there are four. 2**19 fp32 are 2 MB: large enough that the operations, not their
-# launching, take the time; small enough to stay in a shared cache.
-_WORK = 2**19
+# Bytes for every inner product of two pairs, of both sides: in their dtype, in float64 and as coefficients in both.
+_PRODUCT_BYTES = 48
 # Σ|terms| / |Σ terms| beyond which a layer is done again in float64. Measured on five kinds of data and ten shapes: the
 # worst error grows from 6e-7 at ratios up to 2 to 6e-6 at 16, and reaches 1e-3 at 4e5 (outlier channels).
 _CANCELLATION = 16.0
@@ -44,10 +43,10 @@ def _n_pairs(m: int) -> int:
 
 
 def _diagonal_blocks(r: int, q: int) -> Iterator[range]:
-    """Split the diagonals ``d`` of the (a, a+d) pairs so that one (pairs, q) coefficient block stays within work."""
+    """Split the diagonals ``d`` of the (a, a+d) pairs so that a (pairs, q) block takes half the work memory at most."""
     start, rows = 0, 0
     for d in range(r):
-        if rows and (rows + r - d) * q > _WORK:
+        if rows and _PRODUCT_BYTES * (rows + r - d) * q > WORK_BYTES // 2:
             yield range(start, d)
             start, rows = d, 0
         rows += r - d
@@ -88,7 +87,7 @@ class _Side:
         self.kept: tuple[slice, Tensor] | None = None
 
     def chunks(self, pairs: int) -> Iterator[slice]:
-        step = max(16, self.limit // max(1, self.n * max(self.q, pairs)))
+        step = max(16, self.limit // max(1, self.n * (self.q + pairs)))
         for start in range(0, self.width, step):
             yield slice(start, min(start + step, self.width))
 
@@ -138,16 +137,32 @@ class _Side:
                 row += m
 
 
+def _fixed_bytes(layer: Layer, size: int) -> int:
+    """Work memory of a layer that does not shrink with its chunks: stacks, gradients, inner products."""
+    out, in_, r, k = layer.sizes
+    q = _n_pairs(k) + 1
+    rows = max(sum(r - d for d in diagonals) for diagonals in _diagonal_blocks(r, q))
+    return size * (out + in_) * (2 * r + k) + _PRODUCT_BYTES * rows * q
+
+
+def _pair_bytes(layer: Layer, size: int) -> int:
+    """Pair products of the factors and of the past, both sides."""
+    out, in_, r, k = layer.sizes
+    return size * (out + in_) * (_n_pairs(r) + _n_pairs(k) + 1)
+
+
 def _layers_per_batch(layer: Layer) -> int:
     out, in_, r, k = layer.sizes
-    pairs = max(_n_pairs(r), _n_pairs(k) + 1)
-    # Never reach out·in elements in one work tensor, however small the layer.
-    return min(_WORK, (out * in_ - 1) // 2) // (max(out, in_) * pairs)
+    size = layer.dtype.itemsize
+    n = WORK_BYTES // (_fixed_bytes(layer, size) + _pair_bytes(layer, size))
+    if is_wide(layer):
+        n = min(n, (out * in_ - 1) // (2 * max(out, in_) * max(_n_pairs(r), _n_pairs(k) + 1)))
+    return n
 
 
 def _sides(group: list[Layer], work: Workspace, dtype: torch.dtype) -> list[_Side]:
     """Rows and columns of ``group``: one side of both where a square layer's work is small, else two."""
-    out, in_, r, k = group[0].sizes
+    out, in_, *_ = group[0].sizes
     sides = {
         "rows": [[layer.lora_B.mT for layer in group], [layer.left.mT for layer in group]],
         "cols": [[layer.lora_A for layer in group], [layer.right for layer in group]],
@@ -155,8 +170,12 @@ def _sides(group: list[Layer], work: Workspace, dtype: torch.dtype) -> list[_Sid
     energies = []
     if group[0].row_energy is not None:
         energies = [shares([layer.row_energy for layer in group]), stack([layer.col_energy for layer in group])]
-    pairs = max(_n_pairs(r), _n_pairs(k) + 1)
-    if out == in_ and 2 * len(group) * pairs * out <= min(2 * _WORK, out * in_ - 1):
+    first, n, size = group[0], len(group), dtype.itemsize
+    # Elements of both pair products of a side.
+    limit = max(WORK_BYTES - n * _fixed_bytes(first, size), WORK_BYTES // 4) // size
+    if is_wide(first):
+        limit = min(limit, 2 * (out * in_ - 1))
+    if out == in_ and n * _pair_bytes(first, size) <= limit * size:
         sides = {"both": [rows + cols for rows, cols in zip(*sides.values(), strict=True)]}
         energies = [torch.cat(energies)] if energies else []
     stacked: list[Any] = [
@@ -169,7 +188,7 @@ def _sides(group: list[Layer], work: Workspace, dtype: torch.dtype) -> list[_Sid
     return [
         _Side(
             name, work, *stacked[2 * i : 2 * i + 2], energies[i].to(dtype) if energies else None,
-            2 * _WORK // len(sides), units and [*units[2 * i : 2 * i + 2], *units[len(stacked) + i :][:1]],
+            limit // len(sides), units and [*units[2 * i : 2 * i + 2], *units[len(stacked) + i :][:1]],
         )
         for i, name in enumerate(sides)
     ]  # fmt: skip
@@ -185,8 +204,8 @@ def hadamard_gram(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list
     Returns:
         One 0-dim value per layer, in the layer's arithmetic dtype.
 
-    Work memory: four tensors of 2¹⁹ elements, a copy of one batch of layers (where it has more than one) and ``r·k²``
-    coefficients, whatever the layer's size.
+    Work memory: a batch of several layers stays within ``WORK_BYTES``. So does the work on one layer, in chunks, apart
+    from ``r·k²`` coefficients, its gradients, and copies of its operands where they are strided or of another dtype.
     """
     work = Workspace()
     return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight, work, group[0].dtype))
@@ -234,9 +253,11 @@ def _batch(group: list[Layer], weight: Tensor | float, work: Workspace, dtype: t
     if with_grad and kept:
         if spare is not None:
             grads = [grad * own[:, None, None] for grad, own in zip(grads, spare.split(len(grads[0])), strict=True)]
-        grad_rows, grad_cols = (grad.unbind() for grad in (grads if len(sides) == 2 else grads[0].split(n)))
-        deliver([group[i].grad_B.mT for i in kept], [grad_rows[i] for i in kept])
-        deliver([group[i].grad_A for i in kept], [grad_cols[i] for i in kept])
+        grad_rows, grad_cols = grads if len(sides) == 2 else grads[0].split(n)
+        if again:
+            grad_rows, grad_cols = grad_rows[kept], grad_cols[kept]
+        deliver([group[i].grad_B.mT for i in kept], grad_rows)
+        deliver([group[i].grad_A for i in kept], grad_cols)
     return values.to(dtype)
 
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from .batching import deliver, run_batches, stack
+from .batching import WORK_BYTES, deliver, run_batches, stack
 from .powers import narrowed
 
 __all__ = ["spectral"]
 
-_WORK = 2**20
-
 
 def _layers_per_batch(layer: Layer) -> int:
     out, in_, r, k = layer.sizes
-    return min(_WORK, out * in_ // 2) // (max(out, in_) * max(r, k))
+    # Stacks and gradients, a float64 copy of each, and three (k, k) or (r, k) products in float64.
+    size = layer.dtype.itemsize
+    return WORK_BYTES // ((out + in_) * (r + k) * (2 * size + 8) + 24 * k * max(r, k))
 
 
 def spectral(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> list[Tensor]:
@@ -49,5 +49,5 @@ def _batch(group: list[Layer], weight: Tensor | float) -> Tensor:
             ([layer.grad_B for layer in group], left @ of_rows, spare_rows),
             ([layer.grad_A for layer in group], of_cols @ right, spare_cols),
         ):
-            deliver(targets, (grads if spare is None else grads * spare[:, None, None]).unbind())
+            deliver(targets, grads if spare is None else grads * spare[:, None, None])
     return values.to(dtype)

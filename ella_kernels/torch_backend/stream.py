@@ -2,7 +2,7 @@
 
 The past is a tile source. "stream" rebuilds each tile from the factors, ``L·R``; "dense" reads it from a stored matrix.
 One pass gives the gradients, and from them the value (docs/math.md); nothing of more than a tile is kept. Of layers
-under :data:`WIDE` a tile is a whole layer, or several of one shape in batched products.
+under ``WIDE`` a tile is a whole layer, or several of one shape in batched products.
 """
 
 from __future__ import annotations
@@ -14,33 +14,30 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from .batching import WORK_BYTES, Workspace, deliver, run_batches, shares, stack
+from .batching import WORK_BYTES, Workspace, deliver, is_wide, run_batches, shares, stack
 from .powers import operand_units, over
 
-__all__ = ["WIDE", "hadamard_stream"]
+__all__ = ["hadamard_stream"]
 
-# Layers this wide are cut into tiles smaller than they are.
-WIDE = 512
-# Two tiles, of B·A and of the past, stay in a core's own cache together; the products are still large enough.
-_TILE_BYTES = WORK_BYTES // 16
+# Of a tile; there are two, of B·A and of the past. Smaller ones cost more in launching than caches save.
+_TILE_BYTES = 2**20
 
 
 def _layers_per_batch(layer: Layer) -> int:
     out, in_, r, k = layer.sizes
-    if max(out, in_) >= WIDE:
+    if is_wide(layer):
         return 1
     size = layer.dtype.itemsize
-    # Stacked operands and both gradients; two more copies where they are of odd sizes.
-    operands = size * (out + in_) * (4 * r + 3 * k + 2)
-    return min(_TILE_BYTES // (size * out * in_), WORK_BYTES // 2 // operands)
+    # Stacked operands, the same again where they are of odd sizes, and the gradients, which are also float64.
+    operands = (out + in_) * (size * (3 * r + 2 * k + 2) + 16 * r + 16)
+    return min(_TILE_BYTES // (size * out * in_), (WORK_BYTES - 2 * _TILE_BYTES) // operands)
 
 
-def _tiles(out: int, in_: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-    limit = _TILE_BYTES // itemsize
-    if max(out, in_) >= WIDE:
-        limit = min(limit, max(1, out * in_ // 4))
-    elif out * in_ <= 2 * limit:
-        limit = out * in_
+def _tiles(layer: Layer) -> Iterator[tuple[slice, slice]]:
+    out, in_, *_ = layer.sizes
+    limit = _TILE_BYTES // layer.dtype.itemsize
+    if is_wide(layer):
+        limit = min(limit, max(1, out * in_ // 2))
     cols = min(in_, 4096, limit)
     rows = max(1, limit // cols)
     for i in range(0, out, rows):
@@ -53,8 +50,8 @@ def hadamard_stream(layers: Sequence[Layer], weight: Tensor | float = 1.0) -> li
 
     A layer whose ``right`` is None has its past stored in ``left``; it is only read, tile by tile.
 
-    Work memory: two tiles of 512 KiB, the gradients, and a copy of the operands where they are stacked, strided, of
-    another dtype or of odd sizes: within ``WORK_BYTES`` for the layers of a batch, and whatever one layer takes.
+    Work memory: two tiles of 1 MiB, the gradients, and a copy of the operands where they are stacked, strided, of
+    another dtype or of odd sizes. A batch of several layers stays within ``WORK_BYTES``.
     """
     work = Workspace()
     return run_batches(layers, _layers_per_batch, lambda group: _batch(group, weight, work))
@@ -103,7 +100,7 @@ def _batch(group: list[Layer], weight: Tensor | float, work: Workspace) -> Tenso
     with_grad = group[0].grad_A is not None
     # The gradient of B lies as A does: products with tall results of r columns are half as fast.
     grad_a, grad_b = work.take("grad A", a, n, r, in_), work.take("grad B", a, n, r, out)
-    for i, j in _tiles(out, in_, a.dtype.itemsize):
+    for i, j in _tiles(group[0]):
         shape = n, i.stop - i.start, j.stop - j.start
         delta = torch.bmm(b[:, i], a[:, :, j], out=work.take("delta", a, *shape))
         h = given.past_squared(i, j, work.take("past", a, *shape)).mul_(delta)  # ΔW ⊙ W ⊙ W
@@ -120,8 +117,10 @@ def _batch(group: list[Layer], weight: Tensor | float, work: Workspace) -> Tenso
     if with_grad:
         scale = 2 * unit * unit_past * weight
         of_b, of_a = (scale if own is None else scale * own for own in units)
-        deliver([layer.grad_B.mT for layer in group], wide_b.mul_(of_b[:, None, None]).unbind())
-        deliver([layer.grad_A for layer in group], grad_a.double().mul_(of_a[:, None, None]).unbind())
+        wide_a = grad_a.double().mul_(of_a[:, None, None])
+        wide_b = wide_b.mT.mul(of_b[:, None, None])
+        deliver([layer.grad_B for layer in group], wide_b.contiguous())
+        deliver([layer.grad_A for layer in group], wide_a)
     return (values * unit * unit).to(a.dtype)
 
 
