@@ -74,6 +74,17 @@ MODELS: dict[str, tuple[Linear, ...]] = {
         Linear("intermediate", "mlp", 1536, 384, 6),
         Linear("output", "mlp", 384, 1536, 6),
     ),
+    # No published model: two blocks of the size that tests train.
+    "tiny LLaMA": _decoder(64, 32, 172, 2),
+    # 6 encoder blocks with one attention, 6 decoder blocks with two.
+    "T5-small": (
+        Linear("q", "qv", 512, 512, 18),
+        Linear("v", "qv", 512, 512, 18),
+        Linear("k", "attention", 512, 512, 18),
+        Linear("o", "attention", 512, 512, 18),
+        Linear("wi", "mlp", 2048, 512, 12),
+        Linear("wo", "mlp", 512, 2048, 12),
+    ),
     # 24 encoder blocks with one attention, 24 decoder blocks with two.
     "T5-large": (
         Linear("q", "qv", 1024, 1024, 72),
@@ -133,6 +144,7 @@ def _layer(model: str, layer: str, r: int, k: int, *, short: bool = True, energy
 
 
 LAYER_CASES = (
+    _layer("tiny LLaMA", "q", 8, 8),
     _layer("MiniLM-L6", "q", 8, 8),
     _layer("MiniLM-L6", "intermediate", 8, 64, short=False),
     _layer("T5-large", "q", 8, 8),
@@ -160,7 +172,10 @@ LAYER_CASES = (
 
 MODEL_CASES = (
     model_case("MiniLM-L6", "qv", 8, 8),
-    model_case("MiniLM-L6", "all", 8, 16, short=False),
+    model_case("MiniLM-L6", "all", 8, 16),
+    model_case("MiniLM-L6", "qv", 8, 120),
+    model_case("tiny LLaMA", "all", 8, 8),
+    model_case("T5-small", "qv", 8, 8),
     model_case("T5-large", "qv", 8, 8),
     model_case("T5-large", "attention", 8, 8, short=False),
     model_case("T5-large", "all", 8, 8, short=False),

@@ -47,6 +47,7 @@ class Cost(NamedTuple):
         tile: all elementwise passes over one element of a tile of the stream algorithm.
         builds: how often a tile is built for value and gradients; the Triton kernel builds it for each side.
         past: one multiply-add of ``L·R``, in three bf16 products where the others take three tf32 ones.
+        launch: what a small layer's share of gram's many operations costs beyond its arithmetic.
     """
 
     gram: float
@@ -54,12 +55,13 @@ class Cost(NamedTuple):
     tile: float
     builds: int = 1
     past: float = 1.0
+    launch: float = 0.0
 
 
 # "cpu" is measured. The GPU rows follow from the instructions counted in the compiled loops and published rates per
 # multiprocessor, not yet measured on a GPU; both are in bench/NOTES.md. A device not listed takes the default row.
 COSTS = {
-    "cpu": Cost(gram=1.6, pair=16.0, tile=60.0),
+    "cpu": Cost(gram=1.6, pair=16.0, tile=45.0, launch=2e6),
     "sm_80": Cost(gram=2.5, pair=0.0, tile=12.0, builds=2, past=0.9),
     "sm_90": Cost(gram=2.3, pair=0.0, tile=15.0, builds=2, past=0.5),
     "sm_100": Cost(gram=2.9, pair=0.0, tile=68.0, builds=2, past=1.25),
@@ -71,7 +73,7 @@ COSTS = {
 def gram_cost(out: int, in_: int, r: int, k: int, cost: Cost) -> float:
     """Value and gradients by pairs: two matmuls of ``pairs · q`` per row and side, and the pair products themselves."""
     pairs, past_pairs = r * (r + 1) / 2, k * (k + 1) / 2 + 1
-    return (out + in_) * (2 * cost.gram * pairs * past_pairs + 2 * cost.pair * (pairs + past_pairs))
+    return cost.launch + (out + in_) * (2 * cost.gram * pairs * past_pairs + 2 * cost.pair * (pairs + past_pairs))
 
 
 def stream_cost(out: int, in_: int, r: int, k: int, cost: Cost) -> float:

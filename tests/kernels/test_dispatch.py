@@ -26,6 +26,10 @@ from ella_kernels import dispatch
         (4096, 4096, 64, 64, "stream"),
         (1024, 1024, 8, 128, "stream"),
         (64, 64, 16, 16, "stream"),
+        (32, 32, 4, 4, "stream"),
+        (256, 256, 8, 8, "stream"),
+        (384, 384, 8, 8, "gram"),
+        (384, 384, 8, 120, "stream"),
         (1024, 1024, 8, None, "dense"),
     ],
 )

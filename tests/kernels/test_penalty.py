@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import ella_kernels as ek
-from tests.kernels.cases import BOUND, SHAPES, LargestTensor, exact, factors, relative_error, vanishing_overlap
+from ella_kernels.torch_backend.batching import WORK_BYTES
+from tests.kernels.cases import BOUND, SHAPES, Allocations, exact, factors, relative_error, vanishing_overlap
 
 ALGORITHMS = ["gram", "stream", "dense", "auto"]
+WIDE_SIZES = [(512, 512, 8, 8), (384, 512, 8, 40), (1024, 640, 16, 16), (768, 768, 4, 64)]
 KINDS = ["random", "correlated", "tiny", "outliers", "disjoint"]
 
 
@@ -211,14 +213,50 @@ def test_non_finite_factors_reach_the_value(algorithm, bad):
 
 
 @pytest.mark.parametrize("algorithm", ["gram", "stream"])
-@pytest.mark.parametrize("out, in_, r, k", [(512, 384, 8, 8), (384, 512, 8, 40), (600, 300, 32, 16), (256, 256, 4, 64)])
-def test_nothing_weight_sized_is_allocated(out, in_, r, k, algorithm):
-    cases = [factors(out, in_, r, k, seed=seed, energy=seed == 1) for seed in range(6)]
-    As, Bs, pasts = ([c[i] for c in cases] for i in range(3))
+@pytest.mark.parametrize(
+    "out, in_, r, k", [(512, 512, 8, 8), (384, 512, 8, 40), (1024, 640, 16, 16), (768, 768, 4, 64)]
+)
+def test_nothing_weight_sized_is_allocated_for_wide_layers(out, in_, r, k, algorithm):
+    found = Allocations(adding(out, in_, r, k, algorithm))
+    assert 0 < found.largest < 4 * out * in_
+    assert found.peak < WORK_BYTES
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "stream", "dense"])
+@pytest.mark.parametrize("out, in_, r, k, n", [(64, 64, 8, 8, 300), (384, 384, 8, 8, 24), (300, 100, 16, 20, 40)])
+def test_work_memory_of_many_narrow_layers_is_bounded_in_bytes(out, in_, r, k, n, algorithm):
+    found = Allocations(adding(out, in_, r, k, algorithm, n))
+    assert 0 < found.peak < WORK_BYTES
+
+
+def adding(out, in_, r, k, algorithm, n=6):
+    """A call of the in-place form on ``n`` layers that exist before it."""
+    cases = [factors(out, in_, r, k, seed=seed % 6, energy=seed % 6 == 1) for seed in range(6)]
+    As, Bs, pasts = ([cases[i % 6][j] for i in range(n)] for j in range(3))
+    if algorithm == "dense":
+        pasts = [past.left @ past.right for past in pasts]
     grads = [torch.zeros_like(a) for a in As], [torch.zeros_like(b) for b in Bs]
-    with LargestTensor() as largest:
-        ek.add_hadamard_grad_(As, Bs, pasts, [1.0] * 6, *grads, weight=1.0, algorithm=algorithm)
-    assert 0 < largest.elements < out * in_
+    return lambda: ek.add_hadamard_grad_(As, Bs, pasts, [1.0] * n, *grads, weight=1.0, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("energy", [False, True], ids=["exact", "energy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("algorithm", ["gram", "stream", "dense"])
+def test_batches_of_small_layers_match_the_reference(algorithm, dtype, energy):
+    """Seventy layers are more than one batch in some of these; each has its own scaling and its own gradients."""
+    n, wide = 70, torch.float64 if dtype == torch.float64 else torch.float32
+    cases = [factors(48, 40, 4, 5, seed=i, dtype=wide, energy=energy) for i in range(n)]
+    As, Bs = ([(0.1 * case[i]).to(dtype) for case in cases] for i in range(2))
+    pasts = [case[2] for case in cases]
+    if algorithm == "dense":
+        pasts = [ek.reference.past_squared(past).sqrt() for past in pasts]
+    scalings = [0.5 + i / 50 for i in range(n)]
+    grads_A, grads_B = ([torch.zeros_like(t, dtype=wide) for t in ts] for ts in (As, Bs))
+    values = ek.add_hadamard_grad_(As, Bs, pasts, scalings, grads_A, grads_B, weight=3.0, algorithm=algorithm)
+    alone = ek.hadamard_penalty_grouped(As, Bs, pasts, scalings, algorithm=algorithm)
+    for i in range(n):
+        value, grad_a, grad_b = exact(As[i], Bs[i], pasts[i], scalings[i])
+        check((values[i], alone[i], grads_A[i], grads_B[i]), (value, value, 3 * grad_a, 3 * grad_b), BOUND[wide])
 
 
 def test_second_order_is_refused_by_name():
