@@ -67,15 +67,17 @@ class _Side:
     Both sides of square layers make one ``_Side`` of ``2n``: half the operations to launch, twice the work in each.
 
     Attributes:
+        limits: elements of pair products, of both kinds together and of the larger one.
         unit, row_units: ``(n, 1)`` and ``(n, q)``, what the factors and the rows of the past's pair products were
             divided by; None if by 1.
     """
 
     def __init__(
-        self, name: str, work: Workspace, factor: Tensor, past: Tensor, energy: Tensor | None, limit: int,
+        self, name: str, work: Workspace, factor: Tensor, past: Tensor, energy: Tensor | None,
+        limits: tuple[int, int],
         units: Sequence[Tensor] | None,
     ) -> None:  # fmt: skip
-        self.name, self.work, self.limit = name, work, limit
+        self.name, self.work, self.limits = name, work, limits
         self.factor, self.past, self.energy = factor, past, energy
         self.n, self.r, self.width = factor.shape
         self.k = past.shape[1]
@@ -87,7 +89,9 @@ class _Side:
         self.kept: tuple[slice, Tensor] | None = None
 
     def chunks(self, pairs: int) -> Iterator[slice]:
-        step = max(16, self.limit // max(1, self.n * (self.q + pairs)))
+        both, largest = self.limits
+        step = min(both // (self.n * (self.q + pairs)), largest // (self.n * max(self.q, pairs)))
+        step = max(16, step)
         for start in range(0, self.width, step):
             yield slice(start, min(start + step, self.width))
 
@@ -171,13 +175,11 @@ def _sides(group: list[Layer], work: Workspace, dtype: torch.dtype) -> list[_Sid
     if group[0].row_energy is not None:
         energies = [shares([layer.row_energy for layer in group]), stack([layer.col_energy for layer in group])]
     first, n, size = group[0], len(group), dtype.itemsize
-    # Elements of both pair products of a side.
     limit = max(WORK_BYTES - n * _fixed_bytes(first, size), WORK_BYTES // 4) // size
-    if is_wide(first):
-        limit = min(limit, 2 * (out * in_ - 1))
     if out == in_ and n * _pair_bytes(first, size) <= limit * size:
         sides = {"both": [rows + cols for rows, cols in zip(*sides.values(), strict=True)]}
         energies = [torch.cat(energies)] if energies else []
+    largest = out * in_ - 1 if is_wide(first) else limit
     stacked: list[Any] = [
         work.stack(f"{name} {i}", part, dtype) for name, parts in sides.items() for i, part in enumerate(parts)
     ]
@@ -188,7 +190,7 @@ def _sides(group: list[Layer], work: Workspace, dtype: torch.dtype) -> list[_Sid
     return [
         _Side(
             name, work, *stacked[2 * i : 2 * i + 2], energies[i].to(dtype) if energies else None,
-            limit // len(sides), units and [*units[2 * i : 2 * i + 2], *units[len(stacked) + i :][:1]],
+            (limit // len(sides), largest), units and [*units[2 * i : 2 * i + 2], *units[len(stacked) + i :][:1]],
         )
         for i, name in enumerate(sides)
     ]  # fmt: skip
