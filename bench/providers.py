@@ -97,7 +97,8 @@ class Provider:
         cost: ``(size, with_grad) → Cost`` of one layer.
         held_bytes: bytes of one layer's past on the device between steps.
         work_bytes: bytes one call allocates for the whole group, estimated; used to skip what cannot fit.
-        add_grad_: in-place form, or None to accumulate through autograd.
+        plan: makes the plan of the in-place calls on one group, as a regularizer has one for its model; None to
+            accumulate through autograd.
         refuses: device → reason, or None if it runs there.
         penalty: "hadamard" or "spectral", which is a different number.
         one_backward: whether a graph can be differentiated only once, so that backward alone has no repeated timing.
@@ -110,7 +111,7 @@ class Provider:
     cost: Callable[[Size, bool], Cost]
     held_bytes: Callable[[Size], int]
     work_bytes: Callable[[Sequence[Size]], int]
-    add_grad_: Callable[[Group, list, list[Tensor], list[Tensor]], Tensor] | None = None
+    plan: Callable[[], ek.Plan] | None = None
     refuses: Callable[[str], str | None] = lambda device: None
     penalty: str = "hadamard"
     one_backward: bool = False
@@ -250,13 +251,12 @@ def _ours(algorithm: str, backend: str) -> Provider:
     if not spectral:
         options["algorithm"] = algorithm
     value = ek.spectral_penalty_grouped if spectral else ek.hadamard_penalty_grouped
-    add_ = ek.add_spectral_grad_ if spectral else ek.add_hadamard_grad_
 
     def penalties(group: Group, held: list) -> Tensor:
         return value(group.lora_As, group.lora_Bs, held, group.scalings, **options)
 
-    def add_grad_(group: Group, held: list, grads_A: list[Tensor], grads_B: list[Tensor]) -> Tensor:
-        return add_(group.lora_As, group.lora_Bs, held, group.scalings, grads_A, grads_B, weight=WEIGHT, **options)
+    def plan() -> ek.Plan:
+        return ek.Plan("spectral" if spectral else "hadamard", **options)
 
     costs = {"gram": _gram_cost, "stream": _stream_cost, "dense": _tiles_cost, "spectral": _spectral_cost}
     notes = {
@@ -274,7 +274,7 @@ def _ours(algorithm: str, backend: str) -> Provider:
         cost=costs.get(algorithm, _auto_cost),
         held_bytes=_dense_held if stored else factor_bytes,
         work_bytes=_factor_work,
-        add_grad_=add_grad_,
+        plan=plan,
         refuses=_no_triton if backend == "triton" else (lambda device: None),
         penalty="spectral" if spectral else "hadamard",
     )
@@ -390,10 +390,12 @@ def prepare(provider: Provider, group: Group, mode: str) -> Prepared:
 def _in_place(provider: Provider, group: Group, held: list, split) -> Prepared:
     n = len(group.lora_As)
     grads = [torch.zeros_like(leaf) for leaf in group.leaves]
+    plan = None if provider.plan is None else provider.plan()
 
     def add():
-        if provider.add_grad_ is not None:
-            return provider.add_grad_(group, held, grads[:n], grads[n:])
+        if plan is not None:
+            operands = group.lora_As, group.lora_Bs, held, group.scalings, grads[:n], grads[n:]
+            return plan.add_grad_(*operands, weight=WEIGHT)
         for leaf, grad in zip(group.leaves, grads, strict=True):
             leaf.grad = grad
         values = provider.penalties(group, held)

@@ -94,11 +94,14 @@ class Plan:
             with torch.no_grad():
                 return self._first_call(found, lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight)
         check_weight(weight)
-        if choice.prepared is None:
+        if choice.prepared is not None:
+            values = choice.prepared.run(weight, moved_by)
+        else:
             layers = map(_layer, lora_As, lora_Bs, pasts, scalings, choice.algorithms, grads_A, grads_B)
-            return ops.add_grads_(list(layers), weight, choice.backend, self._options[2])
-        values = choice.prepared.run(weight, moved_by)
-        # The kernels write through addresses; around the registered op the dispatcher tells autograd so.
+            # As inside the registered op, whose way through the dispatcher takes longer than small layers do.
+            with torch._C._AutoDispatchBelowAutograd():
+                values = prepare(list(layers), choice.backend, self._options[2]).run(weight)
+        # Autograd saw nothing of it; around the registered op the dispatcher tells it.
         torch.autograd.graph.increment_version([*grads_A, *grads_B])
         return values
 
