@@ -1,14 +1,16 @@
-"""The command line: ``ella demo | run | inspect | fold | export | bench``."""
+"""The command line: ``ella demo | run | inspect | fold | export | plan | bench``."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -81,12 +83,35 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--rank", type=_positive, metavar="N", help="cap of the rank (default: all that is needed)")
     export.set_defaults(command=_export)
 
+    _add_plan(commands)
+
     bench = commands.add_parser("bench", help="the microbenchmark suite (from a source checkout)")
     bench.add_argument(
         "--compare", nargs=2, metavar=("BEFORE.json", "AFTER.json"), help="ratio per row of two results files"
     )
     bench.set_defaults(command=_bench)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="bytes, operations, collectives and time of a step, from a config alone")
+    plan.add_argument("model", metavar="MODEL_CONFIG", help="a preset, a folder with config.json, a json, a hub name")
+    plan.add_argument("--targets", default="all-linear", metavar="T", help="names, comma-separated, or a regex")
+    plan.add_argument("--target-parameters", type=_names, metavar="P", help="expert parameters, comma-separated")
+    plan.add_argument("--rank", type=_positive, default=16, metavar="R")
+    plan.add_argument("--past-rank", type=_positive, default=128, metavar="N", help="cap of the stored past")
+    plan.add_argument("--penalty-rank", type=_count, metavar="N", help="components the penalty uses (default: all)")
+    plan.add_argument("--penalty", choices=("hadamard", "spectral"), default="hadamard")
+    plan.add_argument("--keep-past", choices=("adapter", "merge", "external"), default="adapter")
+    plan.add_argument("--tasks", type=_count, metavar="N", help="finished ones (default: as many as fill the past)")
+    plan.add_argument("--base", choices=("bfloat16", "float16", "float32", "nf4"), default="bfloat16")
+    plan.add_argument("--engine", choices=("one", "ddp", "fsdp2", "zero2", "zero3"), help="default: fsdp2, or one")
+    plan.add_argument("--gpus", type=_positive, default=1, metavar="N")
+    plan.add_argument("--gpu", default="H100", help="A100, H100, H200, B200 or MI300X (default H100)")
+    plan.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="a step, on one GPU (default 4096)")
+    plan.add_argument("--no-recomputation", action="store_true", help="no activation checkpointing")
+    plan.add_argument("--json", action="store_true", help="everything as json")
+    plan.set_defaults(command=_plan)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -162,6 +187,40 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {report}")
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    import json
+
+    from peft import LoraConfig
+
+    from ella.config import EllaConfig
+    from ella.planning import make_plan
+    from ella.planning.describe import describe_plan
+
+    targets = arguments.targets
+    if targets != "all-linear" and re.fullmatch(r"[\w.,\s]+", targets):
+        targets = list(_names(targets))
+    lora = LoraConfig(r=arguments.rank, target_modules=targets, target_parameters=arguments.target_parameters)
+    ella = EllaConfig(
+        penalty=arguments.penalty,
+        past_rank=arguments.past_rank,
+        penalty_rank=arguments.penalty_rank,
+        keep_past=arguments.keep_past,
+    )
+    plan = make_plan(
+        arguments.model,
+        lora,
+        ella,
+        base=arguments.base,
+        engine=arguments.engine,
+        gpus=arguments.gpus,
+        gpu=arguments.gpu,
+        tokens=arguments.tokens,
+        tasks=arguments.tasks,
+        is_recomputed=not arguments.no_recomputation,
+    )
+    print(json.dumps(plan.to_dict(), indent=2) if arguments.json else describe_plan(plan))
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parents[1] / "bench"
     if not (folder / "compare.py").is_file():
@@ -193,10 +252,14 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _positive(text: str) -> int:
+    return _count(text, least=1)
+
+
+def _count(text: str, least: int = 0) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
     return value

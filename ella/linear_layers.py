@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from .lora import AdaptedLayer
 
-__all__ = ["LinearLayers", "gradients"]
+__all__ = ["ALIGNMENT", "LinearLayers", "gradients"]
 
 _modules, _parameters, _weight = attrgetter("_modules"), attrgetter("_parameters"), itemgetter("weight")
 _requires_grad, _grad, _device, _scaling = map(attrgetter, ("requires_grad", "grad", "device", "scaling"))
 _PARAMETER = frozenset({nn.Parameter})
 # Elements; at least 128 bytes in any dtype, so that vector loads of gradients stay aligned.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 
 
 class LinearLayers:
@@ -68,7 +68,7 @@ def _make_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
         by_dtype.setdefault(parameter.dtype, []).append(parameter)
     for dtype, alike in by_dtype.items():
-        sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in alike]
+        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in alike]
         flat = torch.zeros(sum(sizes), dtype=dtype, device=alike[0].device)
         for parameter, part in zip(alike, flat.split(sizes), strict=True):
             # `.data`: with a version of its own, as a gradient made by autograd has, not a view of the others'.

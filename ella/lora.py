@@ -250,7 +250,7 @@ def join_parts(
 
 
 def adapted_layers(
-    model: PeftModel, adapter: str, *, skip_unsupported: bool = False, warn: bool = True
+    model: PeftModel, adapter: str, *, skip_unsupported: bool = False, warn: bool = True, shapes_only: bool = False
 ) -> list[AdaptedLayer]:
     """The LoRA layers of ``adapter``, in module order.
 
@@ -258,6 +258,7 @@ def adapted_layers(
         model: a ``PeftModel`` with LoRA.
         adapter: name of the adapter.
         skip_unsupported: leave layers out that are refused; ``warn`` says which.
+        shapes_only: nothing but shapes will be asked for, so that weights on the meta device will do.
 
     Raises:
         TypeError: ``model`` is no PEFT LoRA model.
@@ -271,11 +272,11 @@ def adapted_layers(
     found, refused = [], {}
     seen: dict[frozenset[int], str] = {}
     for layer in _lora_layers(model, adapter):
-        reason = general or _unsupported(layer, adapter)
+        reason = general or _unsupported(layer, adapter, shapes_only)
         if reason:
             refused[layer.name] = reason
             continue
-        storage = frozenset(p.data_ptr() for p in layer.parameters() if p.numel())
+        storage = frozenset(map(_storage, (p for p in layer.parameters() if p.numel())))
         found.append(dataclasses.replace(layer, tied_to=seen.get(storage) if storage else None))
         seen.setdefault(storage, layer.name)
     if refused and not (skip_unsupported and found):
@@ -292,6 +293,11 @@ def adapted_layers(
     if not found:
         raise ValueError(f"adapter {adapter!r} has no LoRA layers")
     return found
+
+
+def _storage(parameter: Tensor) -> int:
+    """What parameters that share memory have in common."""
+    return parameter.untyped_storage()._cdata if parameter.is_meta else parameter.data_ptr()
 
 
 def _lora_layers(model: PeftModel, adapter: str) -> Iterator[AdaptedLayer]:
@@ -340,7 +346,7 @@ def unsupported_config(config: LoraConfig) -> str | None:
     return None
 
 
-def _unsupported(layer: AdaptedLayer, adapter: str) -> str | None:
+def _unsupported(layer: AdaptedLayer, adapter: str, shapes_only: bool) -> str | None:
     module = layer.module
     variant = type(module.lora_variant.get(adapter)).__name__
     for prefix, reason in _VARIANTS.items():
@@ -350,6 +356,6 @@ def _unsupported(layer: AdaptedLayer, adapter: str) -> str | None:
         return f"a grouped convolution (groups={module.get_base_layer().groups}) has no one factorised update"
     if type(module).__name__ == "LoraParallelLinear":
         return "Megatron tensor-parallel layers hold shards of the factors"
-    if any(p.device.type == "meta" for p in layer.all_parameters(adapter)):
+    if not shapes_only and any(p.device.type == "meta" for p in layer.all_parameters(adapter)):
         return "its LoRA weights are offloaded (on the meta device); keep adapters in memory, offload base layers only"
     return None

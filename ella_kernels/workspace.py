@@ -1,0 +1,102 @@
+"""Work memory of a penalty on a GPU, from shapes alone: what its launches allocate and free again in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .dispatch import no_kernel, select_algorithm
+from .layer import Layer
+
+__all__ = ["Size", "work_bytes"]
+
+
+class Size(NamedTuple):
+    """One layer of a penalty: weight ``(out, in_)``, LoRA rank ``r``, ``k`` components of the past, energies or not."""
+
+    out: int
+    in_: int
+    r: int
+    k: int
+    energy: bool = False
+
+    @property
+    def is_zero(self) -> bool:
+        return 0 in (self.out, self.in_, self.r) or (self.k == 0 and not self.energy)
+
+
+def work_bytes(sizes: Iterable[Size], target: str, penalty: str = "hadamard") -> int:
+    """Most bytes of work memory that one call with float32 operands holds at once, its device tables included.
+
+    Args:
+        sizes: the layers, in the order of the call.
+        target: what the kernels are compiled for, "sm_90" or "gfx942", or "cpu" for Triton's interpreter.
+        penalty: "hadamard" or "spectral".
+
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: a layer without a Triton kernel.
+    """
+    classes: dict[tuple, list[Size]] = {}
+    for size in sizes:
+        if size.is_zero:
+            continue
+        algorithm = "spectral" if penalty == "spectral" else select_algorithm(*size[:4], device=target)
+        reason = no_kernel(algorithm, size.r, size.k)
+        if reason is not None:
+            raise ValueError(f"a layer of {size}: {reason}")
+        classes.setdefault((algorithm, size.r, size.k, size.energy), []).append(size)
+    found = [_of_class(algorithm, alike, target) for (algorithm, *_), alike in classes.items()]
+    # Tables stay, work memory is given back before the next launch.
+    return sum(tables for tables, _ in found) + max((work for _, work in found), default=0)
+
+
+def _of_class(algorithm: str, sizes: Sequence[Size], target: str) -> tuple[int, int]:
+    """Bytes of the device tables and, at most at once, of work memory, of layers with equal ranks."""
+    from .triton_backend import gram, spectral, stream
+    from .triton_backend.launch import target_precision
+    from .triton_backend.schedule import Work, make_plans
+    from .triton_backend.tiles import gram_tile, spectral_tile, stream_tile
+
+    precision, (_, _, r, k, energy) = target_precision("auto", target), sizes[0]
+    layers, positions = _stand_ins(sizes, algorithm), range(len(sizes))
+    plans: Sequence[Any]
+    if algorithm == "gram":
+        shape = gram.gram_shape(r, k, energy, gram_tile(target, precision))
+        plans = make_plans(layers, positions, shape.work(4))
+        work = [
+            4 * (p.n_slots * shape.elements + (p.n_slots if energy else 1)) + 8 * p.n_layers * shape.n_slices
+            for p in plans
+        ]
+    elif algorithm == "spectral":
+        tile = spectral_tile(target, precision)
+        cut = spectral.spectral_constants(r, k, tile)
+        tiles = [(c, 0, 0, 0) for c in range(0, k, cut["BK"])]
+        plans = make_plans(layers, positions, Work(tile.rows, tile.grad_rows, k * r, 8, tiles))
+        work = [8 * p.n_slots * k * r + 4 * 2 * p.n_layers * k * r + 8 * p.n_layers * len(tiles) for p in plans]
+    else:
+        plans = stream._plans(layers, positions, stream.stream_constants(r, k, stream_tile(target, precision)), 0)
+        work = [8 * p.n_partials for p in plans]
+    return sum(map(_table_bytes, plans)), max(work)
+
+
+def _table_bytes(plan: Any) -> int:
+    tables = [plan.sides, plan.layers]
+    for launch in plan.launches:
+        tables += [launch.items] if hasattr(launch, "items") else [launch.blocks, launch.grads]
+    return sum(table.numel() * table.element_size() for table in tables)
+
+
+def _stand_ins(sizes: Sequence[Size], algorithm: str) -> list[Layer]:
+    """Layers of these sizes without memory of their own. Their gradients have addresses that differ."""
+    one, targets = torch.zeros(1), torch.zeros(2 * len(sizes), 1)
+    return [
+        Layer(
+            one.expand(r, in_), one.expand(out, r), one.expand(out, k), one.expand(k, in_),
+            one.expand(out) if energy else None, one.expand(in_) if energy else None, 1.0, algorithm,
+            targets[2 * i].expand(r, in_), targets[2 * i + 1].expand(out, r),
+        )
+        for i, (out, in_, r, k, energy) in enumerate(sizes)
+    ]  # fmt: skip
