@@ -22,7 +22,7 @@ ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
 KEPT_RIGHT = 2**28
 # AdamW: two moments of the parameters' dtype. DeepSpeed keeps a float32 copy of its part of the parameters besides.
 _MOMENTS = 2
-# As recipes/deepspeed sets them: elements of DeepSpeed's buffer of gradients, and of parameters that ZeRO-3 leaves whole.
+# As recipes/deepspeed sets them: elements of DeepSpeed's buffer of gradients, and from how many on ZeRO-3 splits one.
 ZERO_BUCKET = 20_000_000
 ZERO_PERSISTED = 10_000
 
@@ -112,7 +112,8 @@ def memory(shapes: ModelShapes, ella: EllaConfig, engine: str, gpus: int, tasks:
     base = [weight for weight in shapes.base if not weight.is_trained]
     if engine.startswith("zero"):  # DeepSpeed casts the whole model to one dtype
         itemsize = max(weight.itemsize for weight in base)
-        trained, past = ([replace(w, itemsize=itemsize) for w in own] for own in (trained, past))
+        trained = [replace(weight, itemsize=itemsize) for weight in trained]
+        past = [replace(weight, itemsize=itemsize) for weight in past] if is_inside else past
     dense = [layer.parts * _rows(layer.out, spread if engine == "fsdp2" else 1) * layer.in_ for layer in shapes.layers]
     return Memory(
         base=_held(base, engine, spread),

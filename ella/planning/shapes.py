@@ -20,7 +20,7 @@ from ella.lora import AdaptedLayer, adapted_layers
 
 from .presets import PRESETS
 
-__all__ = ["Layer", "ModelShapes", "Weight", "load_config", "model_shapes"]
+__all__ = ["Layer", "ModelShapes", "Weight", "auto_class", "load_config", "model_shapes"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER = "default"
@@ -153,7 +153,7 @@ def model_shapes(
         raise ValueError(f"base must be one of {', '.join((*_DTYPES, 'nf4'))}, found {base!r}")
     name, config = load_config(source)
     with torch.device("meta"):
-        model = _auto_class(config).from_config(config, dtype=_DTYPES.get(base, torch.bfloat16))
+        model = auto_class(config).from_config(config, dtype=_DTYPES.get(base, torch.bfloat16))
     head = model.get_output_embeddings()
     head_weight = None if head is None else head.weight
     with warnings.catch_warnings():
@@ -167,7 +167,7 @@ def model_shapes(
     return ModelShapes(name, tuple(_base(adapted, units, config, base == "nf4", head_weight)), found)
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     first = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM

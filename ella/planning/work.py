@@ -11,8 +11,8 @@ from ella_kernels.dispatch import COSTS, gram_cost, select_algorithm, stream_cos
 from ella_kernels.workspace import Size
 
 from .gpus import Gpu
-from .memory import KEPT_RIGHT, Ranks, penalty_sizes
-from .shapes import Layer, ModelShapes, Weight
+from .memory import KEPT_RIGHT, Ranks
+from .shapes import Layer, ModelShapes
 
 __all__ = ["Collective", "Operations", "Times", "algorithms", "collectives", "operations", "penalty_bytes", "times"]
 
