@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ella.atomic import write_text_atomically
 
-from . import continual
+from . import continual, plan_check, plan_table
 from .headline import MARKS, MODES, best_row
 from .providers import BASELINE
 from .tables import bytes_text, load, machine_text, ratio_text, seconds_text, table
@@ -304,6 +304,10 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"summary": committed_summary, "continual": committed_forgetting},
     ROOT / "docs" / "benchmarks.md": {"bench": committed_section},
     ROOT / "docs" / "kernels.md": {"resources": kernel_resources},
+    ROOT / "docs" / "scaling.md": {
+        "plan-check": lambda: plan_check.section(plan_check.committed()),
+        "plan": lambda: plan_table.section(plan_table.committed()),
+    },
 }
 
 

@@ -208,8 +208,10 @@ def run(recipe: Recipe, out: Path, *, tiny: bool = False, stop_after: int | None
     if reg.tasks != list(tasks)[: len(reg.tasks)]:
         raise ValueError(f"{out} has finished the tasks {reg.tasks}, the recipe's are {list(tasks)}; use another --out")
     is_seq2seq = bool(model.config.is_encoder_decoder)
-    waiting = [name for name in tasks if name not in reg.tasks]
-    for name in waiting[:stop_after]:
+    for name in list(tasks)[len(reg.tasks) :][:stop_after]:
+        # The task starts from the same adapter whether or not the run was stopped before it.
+        set_seed(recipe.seed + len(reg.tasks))
+        reg.reset_adapter()
         checkpoints = out / "checkpoints" / name
         arguments = TrainingArguments(
             output_dir=str(checkpoints), seed=recipe.seed, **{**recipe.training, **(_TINY_TRAINING if tiny else {})}
