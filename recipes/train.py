@@ -1,8 +1,8 @@
 """Train one adapter on one task after another with ELLA: ``python recipes/train.py RECIPE.yaml [--tiny] [--out DIR]``.
 
-Under ``accelerate launch`` the engine is the launcher's (recipes/accelerate). The same command again goes on where a
-run was stopped: finished tasks are read from the output folder, the running one from its last checkpoint. ``--tiny``
-takes the recipe's small random model and a few made-up texts instead, on the CPU: everything else is the same.
+Under ``accelerate launch`` the engine is the launcher's (recipes/accelerate), under ``torchrun`` DDP or ``--engine``'s.
+The same command again goes on where a run was stopped: finished tasks are read from the output folder, the running one
+from its last checkpoint. ``--tiny`` takes the recipe's small random model and a few made-up texts instead, on the CPU.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ _TINY_TRAINING = {
     "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "save_steps": 2,
     "logging_steps": 1, "use_cpu": True, "report_to": [],
 }  # fmt: skip
+
+
+ENGINES = ("fsdp2", "zero2", "zero3")
 
 
 class Example(NamedTuple):
@@ -194,7 +197,19 @@ def _split(text: str) -> list[str]:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def run(recipe: Recipe, out: Path, *, tiny: bool = False, stop_after: int | None = None) -> EllaRegularizer:
+def engine_settings(engine: str | None, model: PeftModel) -> dict[str, Any]:
+    """The ``TrainingArguments`` of an engine; None leaves it to the launcher."""
+    if engine == "fsdp2":
+        blocks = sorted(model.get_base_model()._no_split_modules)
+        return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": blocks}}
+    if engine is None:
+        return {}
+    return {"deepspeed": str(Path(__file__).with_name("deepspeed") / f"{engine}.json")}
+
+
+def run(
+    recipe: Recipe, out: Path, *, tiny: bool = False, engine: str | None = None, stop_after: int | None = None
+) -> EllaRegularizer:
     """Every task that ``out`` does not have yet, at most ``stop_after`` of them."""
     state, path = PartialState(cpu=tiny), recipe.model
     if tiny:
@@ -208,14 +223,13 @@ def run(recipe: Recipe, out: Path, *, tiny: bool = False, stop_after: int | None
     if reg.tasks != list(tasks)[: len(reg.tasks)]:
         raise ValueError(f"{out} has finished the tasks {reg.tasks}, the recipe's are {list(tasks)}; use another --out")
     is_seq2seq = bool(model.config.is_encoder_decoder)
+    settings = {**recipe.training, **(_TINY_TRAINING if tiny else {}), **engine_settings(engine, model)}
     for name in list(tasks)[len(reg.tasks) :][:stop_after]:
         # The task starts from the same adapter whether or not the run was stopped before it.
         set_seed(recipe.seed + len(reg.tasks))
         reg.reset_adapter()
         checkpoints = out / "checkpoints" / name
-        arguments = TrainingArguments(
-            output_dir=str(checkpoints), seed=recipe.seed, **{**recipe.training, **(_TINY_TRAINING if tiny else {})}
-        )
+        arguments = TrainingArguments(output_dir=str(checkpoints), seed=recipe.seed, **settings)
         trainer = Trainer(
             model,
             arguments,
@@ -248,10 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a small random model and made-up texts, on the CPU")
     parser.add_argument("--out", type=Path, help="output folder (default: the recipe's)")
+    parser.add_argument("--engine", choices=ENGINES, help="under torchrun (default: the launcher's, or DDP)")
     parser.add_argument("--stop-after", type=int, metavar="N", help="finish at most N tasks, then stop")
     given = parser.parse_args(arguments)
     recipe = Recipe.read(given.recipe)
-    run(recipe, given.out or Path(recipe.out), tiny=given.tiny, stop_after=given.stop_after)
+    out = given.out or Path(recipe.out)
+    run(recipe, out, tiny=given.tiny, engine=given.engine, stop_after=given.stop_after)
     return 0
 
 

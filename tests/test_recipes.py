@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from ella.planning.memory import ZERO_BUCKET, ZERO_PERSISTED
 
 ROOT = Path(__file__).parents[1]
+# What ``attach`` supports of train.ENGINES; None: DDP.
+ENGINES = (None,)
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -93,13 +95,15 @@ def test_what_is_left_is_a_plain_adapter(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine or "ddp")
+def test_two_processes(tmp_path, engine):
     out, path = tmp_path / "out", ROOT / "recipes" / "t5-large.yaml"
+    options = ["--tiny", "--out", str(out), *(["--engine", engine] if engine else [])]
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(ROOT / "recipes" / "train.py"), str(path), "--tiny", "--out", str(out)],
+        [*command, str(ROOT / "recipes" / "train.py"), str(path), *options],
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("second: folded") == 1, "one process reports"

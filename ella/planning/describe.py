@@ -77,6 +77,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         [(name, bytes_text(ours), bytes_text(dense)) for name, ours, dense in rows if ours or dense]
         + [("all, without activations", bytes_text(memory.total), bytes_text(memory.dense_total))],
     )
+    yield f"of {bytes_text(plan.gpu.memory)} on one {plan.gpu.name}; the rest is for activations"
     if memory.host:
         yield f"memory of the CPU: {bytes_text(memory.host)}"
 

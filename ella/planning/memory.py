@@ -15,11 +15,11 @@ from ella_kernels.workspace import Size, work_bytes
 
 from .shapes import Layer, ModelShapes, Weight
 
-__all__ = ["ENGINES", "Memory", "Ranks", "memory", "penalty_sizes", "ranks_of"]
+__all__ = ["ENGINES", "KEPT", "Memory", "Ranks", "is_kept", "memory", "penalty_sizes", "ranks_of"]
 
 ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
-# All ``right`` factors up to this many bytes are kept whole by every rank under FSDP2; larger ones are gathered.
-KEPT_RIGHT = 2**28
+# What a rank would have to hold whole of a past that is spread over ranks: beyond this it is gathered in every step.
+KEPT = 2**28
 # AdamW: two moments of the parameters' dtype. DeepSpeed keeps a float32 copy of its part of the parameters besides.
 _MOMENTS = 2
 # As recipes/deepspeed sets them: elements of DeepSpeed's buffer of gradients, and from how many on ZeRO-3 splits one.
@@ -111,9 +111,8 @@ def memory(shapes: ModelShapes, ella: EllaConfig, engine: str, gpus: int, tasks:
     past += rest if is_inside else []
     base = [weight for weight in shapes.base if not weight.is_trained]
     if engine.startswith("zero"):  # DeepSpeed casts the whole model to one dtype
-        itemsize = max(weight.itemsize for weight in base)
-        trained = [replace(weight, itemsize=itemsize) for weight in trained]
-        past = [replace(weight, itemsize=itemsize) for weight in past] if is_inside else past
+        trained = [replace(weight, itemsize=shapes.itemsize) for weight in trained]
+        past = [replace(weight, itemsize=shapes.itemsize) for weight in past] if is_inside else past
     dense = [layer.parts * _rows(layer.out, spread if engine == "fsdp2" else 1) * layer.in_ for layer in shapes.layers]
     return Memory(
         base=_held(base, engine, spread),
@@ -121,10 +120,10 @@ def memory(shapes: ModelShapes, ella: EllaConfig, engine: str, gpus: int, tasks:
         gradients=_gradients(shapes.layers, trained, engine, gpus),
         optimizer=_optimizer(trained, engine, gpus),
         past=_held(past, engine, spread) if is_inside else _held(past, "one", 1),
-        penalty=_penalty(shapes.layers, ranks, ella, engine, spread),
+        penalty=_penalty(shapes, ranks, ella, engine, spread),
         buckets=_buckets(trained, engine),
-        work=_work(shapes.layers, ranks, ella, engine, spread, target),
-        gathered=_gathered([*base, *trained, *past]) if spread > 1 else 0,
+        work=_work(shapes, ranks, ella, engine, spread, target),
+        gathered=_gathered([*base, *trained, *past], shapes.itemsize) if spread > 1 else 0,
         host=_host(shapes, ranks, ella),
         dense_past=4 * sum(dense),
         dense_work=4 * sum(dense),
@@ -141,18 +140,10 @@ def _held(weights: Iterable[Weight], engine: str, spread: int) -> int:
 
 
 def _bytes(weight: Weight, engine: str, spread: int) -> int:
-    if weight.is_packed:
-        return _packed(-(-weight.numel // spread))
-    if engine == "fsdp2" and weight.shape:
+    if engine == "fsdp2" and weight.shape and not weight.is_packed:
         return _rows(weight.shape[0], spread) * math.prod(weight.shape[1:]) * weight.itemsize
-    whole = weight.numel if engine == "zero3" and weight.numel < ZERO_PERSISTED else 0
-    return (whole + -(-weight.numel // spread)) * weight.itemsize
-
-
-def _packed(n: int) -> int:
-    """NF4 with doubly quantised scales: half a byte, a byte per 64 and a float32 per 256 of those; two tables."""
-    scales = -(-n // 64)
-    return -(-n // 2) + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
+    is_left_whole = engine == "zero3" and weight.numel < ZERO_PERSISTED
+    return weight.bytes(weight.itemsize, spread) + (weight.bytes(weight.itemsize) if is_left_whole else 0)
 
 
 def _gradients(layers: Sequence[Layer], trained: Sequence[Weight], engine: str, gpus: int) -> int:
@@ -188,37 +179,59 @@ def penalty_sizes(layers: Sequence[Layer], ranks: Sequence[Ranks], engine: str, 
     ]
 
 
-def _penalty(layers: Sequence[Layer], ranks: Sequence[Ranks], ella: EllaConfig, engine: str, spread: int) -> int:
-    kept = 4 * sum(layer.parts * layer.in_ * own.stored for layer, own in zip(layers, ranks, strict=True))
-    total = 0
-    for layer, own in zip(layers, ranks, strict=True):
-        energy = int(own.is_truncated or own.used < own.stored)
+def is_kept(layers: Sequence[Layer], ranks: Sequence[Ranks], engine: str) -> bool:
+    """Whether every rank keeps whole what the penalty needs so: ``right`` under FSDP2, all of the past under ZeRO-3."""
+    pairs = zip(layers, ranks, strict=True)
+    if engine == "zero3":
+        return 4 * sum(layer.parts * (layer.out + layer.in_) * own.used for layer, own in pairs) <= KEPT
+    return 4 * sum(layer.parts * layer.in_ * own.stored for layer, own in pairs) <= KEPT
+
+
+def _copies(shapes: ModelShapes, ranks: Sequence[Ranks], ella: EllaConfig, engine: str, spread: int) -> int:
+    """Factors and energies that the penalty reads and that are not the stored ones themselves."""
+    itemsize = shapes.itemsize if engine == "zero3" and ella.penalty_rank is None else 4
+    kept, total = is_kept(shapes.layers, ranks, engine), 0
+    for layer, own in zip(shapes.layers, ranks, strict=True):
+        energy = 4 * int(own.is_truncated or own.used < own.stored)
+        rows, columns = layer.out, layer.in_
         if engine == "fsdp2":
-            right = own.used if kept <= KEPT_RIGHT else _rows(own.used, spread)
-            total += layer.parts * (_rows(layer.out, spread) * (own.used + energy) + layer.in_ * (right + energy))
-        elif ella.penalty_rank is not None:
-            total += layer.parts * (layer.out + layer.in_) * (own.used + energy)
+            rows = _rows(layer.out, spread)
+            columns_held = columns * (own.used if kept else _rows(own.used, spread))
+        elif engine == "zero3" or ella.penalty_rank is not None:
+            columns_held = columns * own.used
         else:
-            total += layer.parts * (layer.out + layer.in_) * energy
-    return 4 * total
+            total += layer.parts * (rows + columns) * energy
+            continue
+        total += layer.parts * (itemsize * (rows * own.used + columns_held) + energy * (rows + columns))
+    return total
 
 
-def _work(
-    layers: Sequence[Layer], ranks: Sequence[Ranks], ella: EllaConfig, engine: str, spread: int, target: str
-) -> int:
+def _penalty(shapes: ModelShapes, ranks: Sequence[Ranks], ella: EllaConfig, engine: str, spread: int) -> int:
+    made_anew = engine == "zero3" and not is_kept(shapes.layers, ranks, engine)
+    return 0 if made_anew else _copies(shapes, ranks, ella, engine, spread)
+
+
+def _work(shapes: ModelShapes, ranks: Sequence[Ranks], ella: EllaConfig, engine: str, spread: int, target: str) -> int:
+    layers = shapes.layers
     kernels = work_bytes(penalty_sizes(layers, ranks, engine, spread), target, ella.penalty)
-    if engine != "fsdp2":
-        return kernels
-    # All of A, then its gradient, then that in the order in which it is reduced.
-    whole = sum(4 * spread * _rows(layer.a[0], spread) * math.prod(layer.a[1:]) for layer in layers)
-    return max(2 * whole + kernels, 3 * whole + whole // spread)
+    if engine == "fsdp2":
+        # All of A, then its gradient, then that in the order in which it is reduced.
+        whole = sum(4 * spread * _rows(layer.a[0], spread) * math.prod(layer.a[1:]) for layer in layers)
+        return max(2 * whole + kernels, 3 * whole + whole // spread)
+    # DeepSpeed takes the gradient through the loss; ZeRO-3 gathers what it is computed from.
+    adapter = shapes.itemsize * sum(weight.numel for layer in layers for weight in layer.adapter)
+    if engine == "zero3":
+        known = sum(w.numel for layer, own in zip(layers, ranks, strict=True) for w in layer.factors(own.stored))
+        anew = 0 if is_kept(layers, ranks, engine) else _copies(shapes, ranks, ella, engine, spread)
+        return kernels + 2 * adapter + shapes.itemsize * known + anew
+    return kernels + (adapter if engine == "zero2" else 0)
 
 
-def _gathered(weights: Iterable[Weight]) -> int:
-    """Two blocks at a time, the second one on its way, and what is in no block; in 16 bits or less."""
+def _gathered(weights: Iterable[Weight], itemsize: int) -> int:
+    """Two blocks at a time, the second one on its way, and what is in no block."""
     units: dict[str, int] = {}
     for weight in weights:
-        units[weight.unit] = units.get(weight.unit, 0) + weight.numel * min(2, weight.itemsize)
+        units[weight.unit] = units.get(weight.unit, 0) + weight.bytes(itemsize)
     outside = units.pop("", 0)
     return outside + sum(sorted(units.values())[-2:])
 
@@ -228,5 +241,4 @@ def _host(shapes: ModelShapes, ranks: Sequence[Ranks], ella: EllaConfig) -> int:
     energies = sum(4 * layer.parts * (layer.out + layer.in_) for layer, own in pairs if own.is_truncated)
     if ella.keep_past != "merge":
         return energies
-    itemsize = next(weight.itemsize for weight in shapes.base if weight.itemsize)
-    return energies + sum(layer.out * layer.in_ * itemsize for layer in shapes.layers)
+    return energies + sum(layer.out * layer.in_ * shapes.itemsize for layer in shapes.layers)

@@ -49,6 +49,17 @@ class Weight:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def bytes(self, itemsize: int, gpus: int = 1) -> int:
+        """Of one of ``gpus`` equal parts, with elements of at most ``itemsize`` bytes."""
+        part = -(-self.numel // gpus)
+        return packed_bytes(part) if self.is_packed else part * min(itemsize, self.itemsize)
+
+
+def packed_bytes(n: int) -> int:
+    """NF4 with doubly quantised scales: half a byte, a byte per 64 and a float32 per 256 of those; two tables."""
+    scales = -(-n // 64)
+    return -(-n // 2) + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -93,6 +104,11 @@ class ModelShapes:
     name: str
     base: tuple[Weight, ...]
     layers: tuple[Layer, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the base, and of what it is multiplied with."""
+        return max(weight.itemsize for weight in self.base)
 
 
 def load_config(source: str | Path | Mapping[str, Any] | PretrainedConfig) -> tuple[str, PretrainedConfig]:

@@ -11,8 +11,8 @@ from ella_kernels.dispatch import COSTS, gram_cost, select_algorithm, stream_cos
 from ella_kernels.workspace import Size
 
 from .gpus import Gpu
-from .memory import KEPT_RIGHT, Ranks
-from .shapes import Layer, ModelShapes
+from .memory import Ranks, is_kept
+from .shapes import ModelShapes
 
 __all__ = ["Collective", "Operations", "Times", "algorithms", "collectives", "operations", "penalty_bytes", "times"]
 
@@ -138,27 +138,26 @@ def collectives(
             Collective("engine", "all-gather", 1, round(share * grads)),
         ]
     units = len({weight.unit for weight in (*base, *trained)})
-    # Forward and backward; 16 bits where the parameters have more.
-    both = 2 * share * sum(w.numel * min(2, w.itemsize) for w in (*base, *trained))
+    # Forward and backward, in the dtype in which the model multiplies.
+    both = 2 * share * sum(weight.bytes(shapes.itemsize) for weight in (*base, *trained))
     found = [
         Collective("engine", "all-gather", 2 * units, round(both)),
         Collective("engine", "reduce-scatter", len({w.unit for w in trained}), round(share * grads)),
     ]
     if ella.keep_past != "external":
-        found.append(Collective("past", "all-gather", 0, round(2 * share * sum(2 * w.numel for w in known))))
-    found += _penalty_collectives(shapes.layers, ranks, engine, share)
-    return found
+        found.append(
+            Collective("past", "all-gather", 0, round(2 * share * sum(w.bytes(shapes.itemsize) for w in known)))
+        )
+    return [*found, *_penalty_collectives(shapes, ranks, engine, share)]
 
 
-def _penalty_collectives(
-    layers: Sequence[Layer], ranks: Sequence[Ranks], engine: str, share: float
-) -> list[Collective]:
-    pairs = list(zip(layers, ranks, strict=True))
-    of_a, of_b = (4 * sum(math.prod(getattr(layer, name)) for layer in layers) for name in "ab")
+def _penalty_collectives(shapes: ModelShapes, ranks: Sequence[Ranks], engine: str, share: float) -> list[Collective]:
+    pairs = list(zip(shapes.layers, ranks, strict=True))
     if engine == "zero3":
-        return [Collective("penalty", "all-gather", 1, round(share * (of_a + of_b)))]
-    kept = 4 * sum(layer.parts * layer.in_ * own.stored for layer, own in pairs)
-    right = 0 if kept <= KEPT_RIGHT else 4 * sum(layer.parts * layer.in_ * own.used for layer, own in pairs)
+        numels = (w.numel for layer, own in pairs for w in (*layer.adapter, *layer.factors(own.stored)))
+        return [Collective("penalty", "all-gather", 1, round(share * shapes.itemsize * sum(numels)))]
+    of_a = 4 * sum(math.prod(layer.a) for layer, _ in pairs)
+    right = 0 if is_kept(shapes.layers, ranks, engine) else 4 * sum(x.parts * x.in_ * own.used for x, own in pairs)
     return [
         Collective("penalty", "all-gather", 1, round(share * (of_a + right))),
         Collective("penalty", "reduce-scatter", 1, round(share * of_a)),

@@ -16,7 +16,7 @@ from bench import plan_check, plan_table
 from ella import EllaConfig, EllaRegularizer
 from ella.cli import main
 from ella.planning import GPUS, PRESETS, Gpu, make_plan, model_shapes
-from ella.planning.memory import KEPT_RIGHT, memory, penalty_sizes, ranks_of
+from ella.planning.memory import KEPT, memory, penalty_sizes, ranks_of
 from ella.planning.plan import with_results
 from ella.planning.shapes import load_config
 from ella.planning.work import operations
@@ -227,7 +227,7 @@ def test_fsdp2_falls_with_the_gpus(llama_8b):
         assert getattr(found[0], what) / getattr(found[1], what) == pytest.approx(8, rel=0.4), what
     assert found[0].penalty / found[1].penalty < 2, "R and A's gradient are whole everywhere"
     right = 4 * 128 * sum(layer.in_ for layer in llama_8b.layers)
-    assert right < KEPT_RIGHT
+    assert right < KEPT
 
 
 def test_a_large_right_is_gathered():
@@ -235,7 +235,7 @@ def test_a_large_right_is_gathered():
     mine = {one.kind: one for one in plan.collectives if one.owner == "penalty"}
     assert {kind: one.count for kind, one in mine.items()} == {"all-gather": 1, "reduce-scatter": 1}
     columns = sum(layer.in_ for layer in model_shapes("llama-3.1-70b", ALL, EllaConfig()).layers)
-    assert 4 * 128 * columns > KEPT_RIGHT
+    assert 4 * 128 * columns > KEPT
     assert mine["all-gather"].bytes == round(15 / 16 * 4 * columns * (16 + 128))
     assert mine["reduce-scatter"].bytes == round(15 / 16 * 4 * columns * 16)
 
