@@ -15,7 +15,7 @@ from ella_kernels.workspace import Size, work_bytes
 
 from .shapes import Layer, ModelShapes, Weight
 
-__all__ = ["ENGINES", "KEPT", "Memory", "Ranks", "is_kept", "memory", "penalty_sizes", "ranks_of"]
+__all__ = ["ENGINES", "KEPT", "Memory", "Ranks", "is_kept", "memory", "penalty_sizes", "ranks_of", "whole_bytes"]
 
 ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
 # What a rank would have to hold whole of a past that is spread over ranks: beyond this it is gathered in every step.
@@ -123,7 +123,7 @@ def memory(shapes: ModelShapes, ella: EllaConfig, engine: str, gpus: int, tasks:
         penalty=_penalty(shapes, ranks, ella, engine, spread),
         buckets=_buckets(trained, engine),
         work=_work(shapes, ranks, ella, engine, spread, target),
-        gathered=_gathered([*base, *trained, *past], shapes.itemsize) if spread > 1 else 0,
+        gathered=_gathered([*base, *trained, *past], shapes.itemsize, engine, spread) if spread > 1 else 0,
         host=_host(shapes, ranks, ella),
         dense_past=4 * sum(dense),
         dense_work=4 * sum(dense),
@@ -216,7 +216,7 @@ def _work(shapes: ModelShapes, ranks: Sequence[Ranks], ella: EllaConfig, engine:
     kernels = work_bytes(penalty_sizes(layers, ranks, engine, spread), target, ella.penalty)
     if engine == "fsdp2":
         # All of A, then its gradient, then that in the order in which it is reduced.
-        whole = sum(4 * spread * _rows(layer.a[0], spread) * math.prod(layer.a[1:]) for layer in layers)
+        whole = sum(whole_bytes(layer.adapter[0], 4, engine, spread) for layer in layers)
         return max(2 * whole + kernels, 3 * whole + whole // spread)
     # DeepSpeed takes the gradient through the loss; ZeRO-3 gathers what it is computed from.
     adapter = shapes.itemsize * sum(weight.numel for layer in layers for weight in layer.adapter)
@@ -227,11 +227,19 @@ def _work(shapes: ModelShapes, ranks: Sequence[Ranks], ella: EllaConfig, engine:
     return kernels + (adapter if engine == "zero2" else 0)
 
 
-def _gathered(weights: Iterable[Weight], itemsize: int) -> int:
+def whole_bytes(weight: Weight, itemsize: int, engine: str, gpus: int) -> int:
+    """Of a parameter gathered from all GPUs, which FSDP2 fills up to equal rows: four rows from 64 GPUs are 64."""
+    if engine != "fsdp2" or weight.is_packed or not weight.shape:
+        return weight.bytes(itemsize)
+    rows = gpus * _rows(weight.shape[0], gpus)
+    return rows * math.prod(weight.shape[1:]) * min(itemsize, weight.itemsize)
+
+
+def _gathered(weights: Iterable[Weight], itemsize: int, engine: str, gpus: int) -> int:
     """Two blocks at a time, the second one on its way, and what is in no block."""
     units: dict[str, int] = {}
     for weight in weights:
-        units[weight.unit] = units.get(weight.unit, 0) + weight.bytes(itemsize)
+        units[weight.unit] = units.get(weight.unit, 0) + whole_bytes(weight, itemsize, engine, gpus)
     outside = units.pop("", 0)
     return outside + sum(sorted(units.values())[-2:])
 

@@ -11,7 +11,7 @@ from ella_kernels.dispatch import COSTS, gram_cost, select_algorithm, stream_cos
 from ella_kernels.workspace import Size
 
 from .gpus import Gpu
-from .memory import Ranks, is_kept
+from .memory import Ranks, is_kept, whole_bytes
 from .shapes import ModelShapes
 
 __all__ = ["Collective", "Operations", "Times", "algorithms", "collectives", "operations", "penalty_bytes", "times"]
@@ -139,27 +139,29 @@ def collectives(
         ]
     units = len({weight.unit for weight in (*base, *trained)})
     # Forward and backward, in the dtype in which the model multiplies.
-    both = 2 * share * sum(weight.bytes(shapes.itemsize) for weight in (*base, *trained))
+    both = 2 * share * sum(whole_bytes(weight, shapes.itemsize, engine, gpus) for weight in (*base, *trained))
+    reduced = sum(whole_bytes(weight, weight.itemsize, engine, gpus) for weight in trained)
     found = [
         Collective("engine", "all-gather", 2 * units, round(both)),
-        Collective("engine", "reduce-scatter", len({w.unit for w in trained}), round(share * grads)),
+        Collective("engine", "reduce-scatter", len({w.unit for w in trained}), round(share * reduced)),
     ]
     if ella.keep_past != "external":
         found.append(
             Collective("past", "all-gather", 0, round(2 * share * sum(w.bytes(shapes.itemsize) for w in known)))
         )
-    return [*found, *_penalty_collectives(shapes, ranks, engine, share)]
+    return [*found, *_penalty_collectives(shapes, ranks, engine, gpus)]
 
 
-def _penalty_collectives(shapes: ModelShapes, ranks: Sequence[Ranks], engine: str, share: float) -> list[Collective]:
-    pairs = list(zip(shapes.layers, ranks, strict=True))
+def _penalty_collectives(shapes: ModelShapes, ranks: Sequence[Ranks], engine: str, gpus: int) -> list[Collective]:
+    pairs, share = list(zip(shapes.layers, ranks, strict=True)), (gpus - 1) / gpus
     if engine == "zero3":
         numels = (w.numel for layer, own in pairs for w in (*layer.adapter, *layer.factors(own.stored)))
         return [Collective("penalty", "all-gather", 1, round(share * shapes.itemsize * sum(numels)))]
-    of_a = 4 * sum(math.prod(layer.a) for layer, _ in pairs)
-    right = 0 if is_kept(shapes.layers, ranks, engine) else 4 * sum(x.parts * x.in_ * own.used for x, own in pairs)
+    of_a = sum(whole_bytes(layer.adapter[0], 4, engine, gpus) for layer, _ in pairs)
+    right = sum(whole_bytes(layer.factors(own.used)[0], 4, engine, gpus) for layer, own in pairs)
+    moved = 0 if is_kept(shapes.layers, ranks, engine) else right
     return [
-        Collective("penalty", "all-gather", 1, round(share * (of_a + right))),
+        Collective("penalty", "all-gather", 1, round(share * (of_a + moved))),
         Collective("penalty", "reduce-scatter", 1, round(share * of_a)),
     ]
 

@@ -223,9 +223,12 @@ def test_recomputation_and_keep_past(llama_8b):
 def test_fsdp2_falls_with_the_gpus(llama_8b):
     ella = EllaConfig(penalty_rank=16)
     found = [memory(llama_8b, ella, "fsdp2", gpus, None, "sm_90") for gpus in (8, 64)]
-    for what in ("base", "adapter", "gradients", "optimizer", "past"):
-        assert getattr(found[0], what) / getattr(found[1], what) == pytest.approx(8, rel=0.4), what
-    assert found[0].penalty / found[1].penalty < 2, "R and A's gradient are whole everywhere"
+    for what in ("base", "past"):
+        assert getattr(found[0], what) / getattr(found[1], what) == pytest.approx(8, rel=0.01), what
+    # Of 16 rows of A 64 GPUs hold one or none.
+    assert 2 < found[0].adapter / found[1].adapter < 8
+    assert found[0].penalty / found[1].penalty < 2, "R is whole everywhere"
+    assert found[1].work > 3 * found[0].work, "and A filled up to 64 rows"
     right = 4 * 128 * sum(layer.in_ for layer in llama_8b.layers)
     assert right < KEPT
 
