@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 OURS = ("ella", "ella_kernels")
 
@@ -19,6 +20,8 @@ def poisoned():
 
     Other callers get what they asked for. So does a compiler: it traces the allocation, not its caller.
     """
+    # PyTorch remembers which functions torch.device("meta") acts on: the ones that are replaced here too.
+    _device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             plain = getattr(torch, name)
