@@ -234,6 +234,7 @@ def arguments_freed() -> Iterator[None]:
         gc.collect()
         return plain(*args, **kwargs)
 
+    gc.collect()
     torch.empty = allocate  # type: ignore[assignment]
     try:
         yield

@@ -174,7 +174,7 @@ def model_shapes(
     head_weight = None if head is None else head.weight
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(model, lora, adapter_name=ADAPTER)
+        adapted = get_peft_model(model, lora, adapter_name=ADAPTER, low_cpu_mem_usage=True)
         layers = adapted_layers(
             adapted, ADAPTER, skip_unsupported=ella.skip_unsupported, warn=False, shapes_only=True
         )  # fmt: skip

@@ -167,8 +167,15 @@ def test_ranks_of_the_past():
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
+# Products that are added in place, which PyTorch's counter does not know.
+IN_PLACE = {
+    torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2],
+}
+
+
 def counted(model, ids):
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
 
@@ -200,7 +207,7 @@ def test_operations_are_those_of_a_step():
 def test_operations_of_gram_are_counted_ones():
     out, in_, r, k = 40, 56, 3, 5
     a, b, left, right = (torch.randn(size) for size in ((r, in_), (out, r), (out, k), (k, in_)))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         hadamard_gram([Layer(a, b, left, right, None, None, 1.0, "gram", torch.zeros_like(a), torch.zeros_like(b))])
     assert counter.get_total_flops() == 4 * (out + in_) * (r * (r + 1) // 2) * (k * (k + 1) // 2) > 0
 
@@ -227,10 +234,12 @@ def test_fsdp2_falls_with_the_gpus(llama_8b):
         assert getattr(found[0], what) / getattr(found[1], what) == pytest.approx(8, rel=0.01), what
     # Of 16 rows of A 64 GPUs hold one or none.
     assert 2 < found[0].adapter / found[1].adapter < 8
-    assert found[0].penalty / found[1].penalty < 2, "R is whole everywhere"
-    assert found[1].work > 3 * found[0].work, "and A filled up to 64 rows"
-    right = 4 * 128 * sum(layer.in_ for layer in llama_8b.layers)
-    assert right < KEPT
+    assert found[1].work > 3 * found[0].work, "A is filled up to 64 rows"
+    # A smaller past's R is whole everywhere, and does not fall.
+    ella = EllaConfig(past_rank=32, penalty_rank=16)
+    assert 4 * 32 * sum(layer.in_ for layer in llama_8b.layers) < KEPT
+    found = [memory(llama_8b, ella, "fsdp2", gpus, None, "sm_90") for gpus in (8, 64)]
+    assert 1 < found[0].penalty / found[1].penalty < 1.3
 
 
 def test_a_large_right_is_gathered():

@@ -33,8 +33,8 @@ def peak(sizes, penalty):
 CASES = {
     "gram": [Size(40, 56, 3, 5), Size(24, 130, 3, 5)],
     "gram with energies": [Size(40, 56, 4, 4, True)] * 3,
-    "stream": [Size(24, 40, 4, 40), Size(70, 24, 4, 40)],
-    "two classes": [Size(64, 40, 3, 5), Size(64, 40, 5, 6, True)],
+    "stream": [Size(24, 40, 4, 40), Size(700, 24, 4, 40)],
+    "two classes": [Size(64, 40, 3, 5), Size(64, 64, 4, 3, True)],
 }
 
 
