@@ -44,23 +44,25 @@ CASES = {
     "Qwen3-30B-A3B, 8 GPUs, FSDP2": Case("qwen3-30b-a3b", 8),
     "LLaMA-3.1-70B, 16 GPUs, FSDP2": Case("llama-3.1-70b", 16),
     "LLaMA-3.1-70B, 64 GPUs, FSDP2": Case("llama-3.1-70b", 64),
-    "LLaMA-3.1-405B, 64 GPUs, FSDP2": Case("llama-3.1-405b", 64),
-    "LLaMA-3.1-405B, 512 GPUs, FSDP2": Case("llama-3.1-405b", 512),
+    "LLaMA-3.1-405B, 512 GPUs, sharded over 16": Case("llama-3.1-405b", 16),
+    "LLaMA-3.1-405B, 512 GPUs, sharded over 64": Case("llama-3.1-405b", 64),
+    "LLaMA-3.1-405B, 512 GPUs, sharded over all": Case("llama-3.1-405b", 512),
 }
 # One thing of the first row doubled at a time.
-_START = Case("llama-3.1-8b", 8, rank=8, past_rank=64, penalty_rank=8, tasks=4)
+_START = Case("llama-3.1-8b", 8, tasks=4)
 DOUBLINGS = {
-    "LLaMA-3.1-8B, 8 GPUs, r 8, 4 tasks, penalty 8": _START,
+    "LLaMA-3.1-8B, 8 GPUs, r 16, 4 tasks": _START,
     "width": _START._replace(
         changes=(("hidden_size", 8192), ("intermediate_size", 28672), ("num_attention_heads", 64),
                  ("num_key_value_heads", 16)),
     ),
     "layers": _START._replace(changes=(("num_hidden_layers", 64),)),
-    "rank of the adapter": _START._replace(rank=16),
-    "penalty's rank": _START._replace(penalty_rank=16),
-    "tasks": _START._replace(tasks=8),
-    "tasks, the past being full": _START._replace(tasks=16),
-    "GPUs": _START._replace(gpus=16),
+    "rank of the adapter": _START._replace(rank=32),
+    "penalty's rank": _START._replace(penalty_rank=32),
+    "tasks (8: the past is full)": _START._replace(tasks=8),
+    "tasks twice (16)": _START._replace(tasks=16),
+    "GPUs (16: a row of A each)": _START._replace(gpus=16),
+    "GPUs twice (32)": _START._replace(gpus=32),
 }  # fmt: skip
 
 

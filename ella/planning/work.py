@@ -149,21 +149,25 @@ def collectives(
         found.append(
             Collective("past", "all-gather", 0, round(2 * share * sum(w.bytes(shapes.itemsize) for w in known)))
         )
-    return [*found, *_penalty_collectives(shapes, ranks, engine, gpus)]
+    return [*found, *_penalty_collectives(shapes, ella, ranks, engine, gpus)]
 
 
-def _penalty_collectives(shapes: ModelShapes, ranks: Sequence[Ranks], engine: str, gpus: int) -> list[Collective]:
+def _penalty_collectives(
+    shapes: ModelShapes, ella: EllaConfig, ranks: Sequence[Ranks], engine: str, gpus: int
+) -> list[Collective]:
     pairs, share = list(zip(shapes.layers, ranks, strict=True)), (gpus - 1) / gpus
     if engine == "zero3":
-        numels = (w.numel for layer, own in pairs for w in (*layer.adapter, *layer.factors(own.stored)))
-        return [Collective("penalty", "all-gather", 1, round(share * shapes.itemsize * sum(numels)))]
+        # DeepSpeed sends a message for every factor.
+        numels = [w.numel for layer, own in pairs for w in (*layer.adapter, *layer.factors(own.stored)) if w.numel]
+        return [Collective("penalty", "all-gather", len(numels), round(share * shapes.itemsize * sum(numels)))]
     of_a = sum(whole_bytes(layer.adapter[0], 4, engine, gpus) for layer, _ in pairs)
     right = sum(whole_bytes(layer.factors(own.used)[0], 4, engine, gpus) for layer, own in pairs)
     moved = 0 if is_kept(shapes.layers, ranks, engine) else right
-    return [
-        Collective("penalty", "all-gather", 1, round(share * (of_a + moved))),
-        Collective("penalty", "reduce-scatter", 1, round(share * of_a)),
-    ]
+    gathered = Collective("penalty", "all-gather", 1, round(share * (of_a + moved)))
+    if ella.penalty == "spectral":  # the gradient of A follows from LᵀB, which is a sum over rows
+        products = 4 * sum(layer.parts * own.used * layer.r for layer, own in pairs)
+        return [gathered, Collective("penalty", "all-reduce", 1, round(2 * share * products))]
+    return [gathered, Collective("penalty", "reduce-scatter", 1, round(share * of_a))]
 
 
 def times(

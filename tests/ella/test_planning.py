@@ -263,6 +263,11 @@ def test_collectives_of_engines():
     assert owners("fsdp2") == owners("zero3") == {"engine", "past", "penalty"}
     assert owners("fsdp2", keep_past="external") == {"engine", "penalty"}
     assert make_plan("t5-large", LoraConfig(r=8, target_modules=["q"])).collectives == []
+    lora, ella = LoraConfig(r=8, target_modules=["q"]), EllaConfig(penalty="spectral", past_rank=4)
+    plan = make_plan("t5-large", lora, ella, engine="fsdp2", gpus=4)
+    mine = {one.kind: one.bytes for one in plan.collectives if one.owner == "penalty"}
+    # 72 layers of 1024x1024: all of A, and a sum of (k, r) products.
+    assert mine == {"all-gather": 72 * 3 * 8 * 1024, "all-reduce": 72 * 2 * 3 * 4 * 8}
 
 
 # --- work memory ------------------------------------------------------------------------------------------------------
