@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from ella.config import EllaConfig
 from ella.linear_layers import ALIGNMENT
@@ -152,9 +153,23 @@ def _gradients(layers: Sequence[Layer], trained: Sequence[Weight], engine: str, 
         n = 2 * len(layers)
         aligned = sum(-(-w.numel // ALIGNMENT) * ALIGNMENT * w.itemsize for w in trained[:n])
         return aligned + _held(trained[n:], engine, 1)
-    if engine.startswith("zero"):
+    if engine == "zero2":
+        return _in_partitions(trained, gpus)
+    if engine == "zero3":
         return sum(-(-w.numel // gpus) * w.itemsize for w in trained)
     return _held(trained, engine, gpus if engine == "fsdp2" else 1)
+
+
+def _in_partitions(trained: Sequence[Weight], gpus: int) -> int:
+    """ZeRO-2 cuts the list of parameters into equal parts, and keeps the whole gradients of those that it cuts."""
+    ends = list(accumulate(weight.numel for weight in trained))
+    part = -(-ends[-1] // gpus)
+    places = [(end - weight.numel, end, weight.numel) for end, weight in zip(ends, trained, strict=True)]
+    largest = max(
+        sum(numel for start, end, numel in places if start < (rank + 1) * part and end > rank * part)
+        for rank in range(gpus)
+    )
+    return largest * trained[0].itemsize
 
 
 def _optimizer(trained: Sequence[Weight], engine: str, gpus: int) -> int:
