@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .tables import bytes_text, table
+from .tables import table
 
 __all__ = ["CASES", "TOLERANCE", "Row", "committed", "compared", "measure", "rows_in_processes", "section"]
 
@@ -421,20 +421,27 @@ def committed() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
+# Columns of the table.
+KINDS = ("base", "adapter", "gradients", "optimizer", "buckets", "past", "penalty", "work", "host")
+
+
 def section(results: dict[str, Any]) -> str:
-    """The table of docs/scaling.md: per engine and number of GPUs the largest error of each kind of bytes."""
-    rows = [Row(*row) for row in results["rows"]]
-    lines = [
-        (f"{row.case}", f"{row.engine}, {row.gpus}", row.what, bytes_text(row.estimate), bytes_text(row.measured),
-         f"{100 * row.error:.2f} %")
-        for row in rows
-        if row.estimate or row.measured
-    ]  # fmt: skip
-    worst = max(row.error for row in rows)
+    """The table of docs/scaling.md: a line per run, estimate and measured bytes of each kind."""
+    runs: dict[tuple, dict[str, Row]] = {}
+    for row in (Row(*row) for row in results["rows"]):
+        runs.setdefault(row[:3], {})[row.what] = row
+    lines = []
+    for (case, engine, gpus), rows in runs.items():
+        cells = (f"{rows[w].estimate:,} / {rows[w].measured:,}" if w in rows else "–" for w in KINDS)
+        worst = max(row.error for row in rows.values())
+        lines.append((f"{case}; {engine}, {gpus}", *cells, f"{100 * worst:.2f} %"))
+    found = [row for rows in runs.values() for row in rows.values()]
+    worst = max(row.error for row in found)
     text = [
-        f"{len(lines)} numbers that are not zero, the largest error {100 * worst:.2f} %; {results['versions']}.",
+        f"Estimate / measured bytes on one GPU: {len(found)} pairs, the largest error {100 * worst:.2f} %; "
+        f"{results['versions']}.",
         "",
-        *table(("model", "engine, GPUs", "bytes of", "estimate", "measured", "error"), lines),
+        *table(("model; engine, GPUs", *KINDS, "largest error"), lines),
     ]
     return "\n".join(text) + "\n"
 
