@@ -66,8 +66,9 @@ def _of_class(algorithm: str, sizes: Sequence[Size], target: str) -> tuple[int, 
     if algorithm == "gram":
         shape = gram.gram_shape(r, k, energy, gram_tile(target, precision))
         plans = make_plans(layers, positions, shape.work(4))
+        # Blocks, and in float64 the sums of energies and the values.
         work = [
-            4 * (p.n_slots * shape.elements + (p.n_slots if energy else 1)) + 8 * p.n_layers * shape.n_slices
+            4 * p.n_slots * shape.elements + 8 * ((p.n_slots if energy else 1) + p.n_layers * shape.n_slices)
             for p in plans
         ]
     elif algorithm == "spectral":
