@@ -7,7 +7,7 @@ import torch
 
 import ella_kernels as ek
 from bench.measure import peak_bytes
-from bench.plan_check import arguments_freed
+from bench.plan_check import as_a_first_call
 from ella_kernels.dispatch import select_algorithm
 from ella_kernels.workspace import Size, work_bytes
 
@@ -25,7 +25,7 @@ def peak(sizes, penalty):
     a, b, pasts = (list(column) for column in zip(*made, strict=True))
     grads = [[torch.zeros_like(t) for t in factors] for factors in (a, b)]
     add_ = ek.add_spectral_grad_ if penalty == "spectral" else ek.add_hadamard_grad_
-    with arguments_freed():
+    with as_a_first_call():
         found = peak_bytes(lambda: add_(a, b, pasts, [1.0] * len(a), *grads, weight=1.0, backend="triton"))
     return found - 4 * len(sizes)  # the values
 
