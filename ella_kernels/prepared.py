@@ -19,6 +19,14 @@ __all__ = ["Launches", "Prepared", "prepare"]
 class Launches(Protocol):
     """What the Triton backend makes of layers that share kernels: device tables and compile-time constants."""
 
+    @property
+    def plans(self) -> Sequence[Any]:
+        """Device tables of the batches of layers."""
+
+    @property
+    def work_bytes(self) -> int:
+        """What :meth:`launch` allocates at once, at most."""
+
     def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None: ...
 
 

@@ -55,39 +55,15 @@ def work_bytes(sizes: Iterable[Size], target: str, penalty: str = "hadamard") ->
 
 def _of_class(algorithm: str, sizes: Sequence[Size], target: str) -> tuple[int, int]:
     """Bytes of the device tables and, at most at once, of work memory, of layers with equal ranks."""
-    from .triton_backend import gram, spectral, stream
-    from .triton_backend.launch import target_precision
-    from .triton_backend.schedule import Work, make_plans
-    from .triton_backend.tiles import gram_tile, spectral_tile, stream_tile
+    from .triton_backend import ALGORITHMS
 
-    precision, (_, _, r, k, energy) = target_precision("auto", target), sizes[0]
-    layers, positions = _stand_ins(sizes, algorithm), range(len(sizes))
-    plans: Sequence[Any]
-    if algorithm == "gram":
-        shape = gram.gram_shape(r, k, energy, gram_tile(target, precision))
-        plans = make_plans(layers, positions, shape.work(4))
-        # Blocks, and in float64 the sums of energies and the values.
-        work = [
-            4 * p.n_slots * shape.elements + 8 * ((p.n_slots if energy else 1) + p.n_layers * shape.n_slices)
-            for p in plans
-        ]
-    elif algorithm == "spectral":
-        tile = spectral_tile(target, precision)
-        cut = spectral.spectral_constants(r, k, tile)
-        tiles = [(c, 0, 0, 0) for c in range(0, k, cut["BK"])]
-        plans = make_plans(layers, positions, Work(tile.rows, tile.grad_rows, k * r, 8, tiles))
-        work = [8 * p.n_slots * k * r + 4 * 2 * p.n_layers * k * r + 8 * p.n_layers * len(tiles) for p in plans]
-    else:
-        plans = stream._plans(layers, positions, stream.stream_constants(r, k, stream_tile(target, precision)), 0)
-        work = [8 * p.n_partials for p in plans]
-    return sum(map(_table_bytes, plans)), max(work)
+    made = ALGORITHMS[algorithm](_stand_ins(sizes, algorithm), "auto", range(len(sizes)), target)
+    return sum(map(_table_bytes, made.plans)), made.work_bytes
 
 
 def _table_bytes(plan: Any) -> int:
-    tables = [plan.sides, plan.layers]
-    for launch in plan.launches:
-        tables += [launch.items] if hasattr(launch, "items") else [launch.blocks, launch.grads]
-    return sum(table.numel() * table.element_size() for table in tables)
+    items = [launch.items for launches in plan.launches.values() for launch in launches]
+    return sum(table.numel() * table.element_size() for table in (plan.sides, plan.layers, *items))
 
 
 def _stand_ins(sizes: Sequence[Size], algorithm: str) -> list[Layer]:

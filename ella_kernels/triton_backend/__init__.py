@@ -16,9 +16,9 @@ from . import gram, spectral, stream
 from .launch import check_device, device_guard
 from .tables import gradient_base, group_by_class
 
-__all__ = ["guard", "kernels", "prepare"]
+__all__ = ["ALGORITHMS", "guard", "kernels", "prepare"]
 
-_ALGORITHMS: dict[str, Callable[..., Launches]] = {
+ALGORITHMS: dict[str, Callable[..., Launches]] = {
     "gram": gram.prepare_gram,
     "stream": stream.prepare_stream,
     "dense": stream.prepare_stream,
@@ -57,7 +57,7 @@ def prepare(
     launches: list[tuple[Launches, int]] = []
     for indices in group_by_class(read).values():
         chosen = [read[i] for i in indices]
-        made = _ALGORITHMS[algorithm](chosen, precision, [positions[i] for i in indices])
+        made = ALGORITHMS[algorithm](chosen, precision, [positions[i] for i in indices])
         launches.append((made, gradient_base(chosen)))
     return launches, [new for new, old in zip(read, layers, strict=True) if new is not old]
 

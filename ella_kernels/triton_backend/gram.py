@@ -411,6 +411,15 @@ class GramLaunches(NamedTuple):
     dtype: torch.dtype
     precision: str
 
+    @property
+    def work_bytes(self) -> int:
+        """What :meth:`launch` allocates at once, at most."""
+        S, size = self.shape, self.dtype.itemsize
+        return max(
+            size * p.n_slots * S.elements + 8 * ((p.n_slots if S.ENERGY else 1) + p.n_layers * S.N_SLICES)
+            for p in self.plans
+        )
+
     def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
         """Values into their positions, ``weight`` times the gradients onto the targets, at most three launches a plan.
 
@@ -452,17 +461,21 @@ class GramLaunches(NamedTuple):
                 )  # fmt: skip
 
 
-def prepare_gram(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> GramLaunches:
+def prepare_gram(
+    layers: Sequence[Layer], precision: str, positions: Sequence[int], target: str | None = None
+) -> GramLaunches:
     """Hadamard penalty of layers that share ranks and dtypes; gradients go to ``grad_A``, ``grad_B`` if given.
 
     Args:
         layers: checked layers with low-rank pasts, none of them zero by shape, of one class and device.
         precision: "auto", "ieee" or "tf32", see :func:`launch.arithmetic`.
         positions: layer ``i``'s unweighted value is number ``positions[i]`` of the values.
+        target: "sm_90", say, in place of what the layers' device is: to ask what is needed there.
     """
-    dtype, precision, products = arithmetic(precision, layers)
+    target = target or device_key(layers[0].lora_A.device)
+    dtype, precision, products = arithmetic(precision, layers, target)
     _, _, r, k = layers[0].sizes
-    tile = gram_tile(device_key(layers[0].lora_A.device), products)
+    tile = gram_tile(target, products)
     shape = gram_shape(r, k, layers[0].row_energy is not None, tile)
 
     block_bytes = shape.elements * dtype.itemsize

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import device_key, interpreted
+from ..dispatch import interpreted
 from ..layer import Layer
 
 __all__ = [
@@ -88,9 +88,9 @@ def target_precision(precision: str, target: str) -> str:
     return {"auto": "tf32x3", "tf32": "tf32", "ieee": "ieee"}[precision]
 
 
-def dot_precision(precision: str, dtype: torch.dtype, device: torch.device) -> str:
-    """:func:`target_precision` of a device; float64 is always exact."""
-    return "ieee" if dtype == torch.float64 else target_precision(precision, device_key(device))
+def dot_precision(precision: str, dtype: torch.dtype, target: str) -> str:
+    """:func:`target_precision` for operands of ``dtype``; float64 is always exact."""
+    return "ieee" if dtype == torch.float64 else target_precision(precision, target)
 
 
 # What every algorithm reads.
@@ -121,16 +121,15 @@ class Arithmetic(NamedTuple):
     products: str
 
 
-def arithmetic(precision: str, layers: Sequence[Layer]) -> Arithmetic:
-    """The arithmetic of the Hadamard kernels for a precision asked for.
+def arithmetic(precision: str, layers: Sequence[Layer], target: str) -> Arithmetic:
+    """The arithmetic of the Hadamard kernels for a precision asked for, on a target such as "sm_90" or "cpu".
 
     "ieee" takes float64 where that costs nothing: single entries of ``ΔW ⊙ W`` and the terms of gram cancel, and fp32
     products are then not exact enough for a result exact to fp32.
     """
-    target = device_key(layers[0].lora_A.device)
     read = (*_MATRICES, "row_energy", "col_energy")
     dtype = sums_dtype(precision == "ieee" and target in FAST_FLOAT64, layers, read)
-    dots = dot_precision(precision, dtype, layers[0].lora_A.device)
+    dots = dot_precision(precision, dtype, target)
     return Arithmetic(dtype, dots, "float64" if dtype == torch.float64 else dots)
 
 

@@ -214,6 +214,17 @@ class SpectralLaunches(NamedTuple):
     sums: torch.dtype
     precision: str
 
+    @property
+    def work_bytes(self) -> int:
+        """As :attr:`gram.GramLaunches.work_bytes`."""
+        elements, n_slices = self.shape.R * self.shape.K, self.shape.N_SLICES
+        return max(
+            self.sums.itemsize * p.n_slots * elements
+            + self.dtype.itemsize * 2 * p.n_layers * elements
+            + 8 * p.n_layers * n_slices
+            for p in self.plans
+        )
+
     def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
         """As :meth:`gram.GramLaunches.launch`."""
         S, tile, device, elements = self.shape, self.tile, values.device, self.shape.R * self.shape.K
@@ -247,14 +258,16 @@ class SpectralLaunches(NamedTuple):
                 )  # fmt: skip
 
 
-def prepare_spectral(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> SpectralLaunches:
+def prepare_spectral(
+    layers: Sequence[Layer], precision: str, positions: Sequence[int], target: str | None = None
+) -> SpectralLaunches:
     """Spectral penalty of layers of one class; arguments as :func:`gram.prepare_gram`. Energies do not enter."""
-    dtype, device = layers[0].dtype, layers[0].lora_A.device
+    dtype, target = layers[0].dtype, target or device_key(layers[0].lora_A.device)
     # The long sums, where nearly orthogonal factors cancel.
     sums = sums_dtype(precision != "tf32", layers)
-    precision = dot_precision(precision, dtype, device)
+    precision = dot_precision(precision, dtype, target)
     _, _, r, k = layers[0].sizes
-    tile = spectral_tile(device_key(device), precision)
+    tile = spectral_tile(target, precision)
     shape = spectral_shape(r, k, tile)
 
     tiles = [(c, 0, 0, 0) for c in range(0, k, shape.BK)]

@@ -220,6 +220,11 @@ class StreamLaunches(NamedTuple):
     dtype: torch.dtype
     precision: str
 
+    @property
+    def work_bytes(self) -> int:
+        """As :attr:`gram.GramLaunches.work_bytes`."""
+        return max(8 * p.n_slots for p in self.plans)
+
     def launch(self, weight: Tensor | float, values: Tensor, grad_base: int) -> None:
         """As :meth:`gram.GramLaunches.launch`."""
         tile = self.tile
@@ -240,12 +245,15 @@ class StreamLaunches(NamedTuple):
             )  # fmt: skip
 
 
-def prepare_stream(layers: Sequence[Layer], precision: str, positions: Sequence[int]) -> StreamLaunches:
+def prepare_stream(
+    layers: Sequence[Layer], precision: str, positions: Sequence[int], target: str | None = None
+) -> StreamLaunches:
     """Hadamard penalty by tiles, of factors or of a stored past; arguments as :func:`gram.prepare_gram`."""
     first = layers[0]
-    dtype, precision, products = arithmetic(precision, layers)
+    target = target or device_key(first.lora_A.device)
+    dtype, precision, products = arithmetic(precision, layers, target)
     _, _, r, k = first.sizes
-    tile = stream_tile(device_key(first.lora_A.device), products)
+    tile = stream_tile(target, products)
     shape = stream_shape(r, k, first.right is None, first.row_energy is not None, first.grad_A is not None, tile)
 
     owners = Owners(touched(shape), shape.BM, range(0, r, shape.BR) if shape.GRAD else (0,))
