@@ -67,6 +67,15 @@ class StoredLayer:
             for part in self.parts
         ]
 
+    def to(self, device: str | torch.device) -> StoredLayer:
+        """A copy on ``device``."""
+        parts = [LowRank._make(None if t is None else t.to(device) for t in part) for part in self.parts]
+        return StoredLayer(parts, None if self.bias is None else self.bias.to(device), self.relative_error)
+
+    def all_tensors(self) -> list[Tensor]:
+        """Every tensor in it, part by part."""
+        return [t for part in (*self.parts, (self.bias,)) for t in part if t is not None]
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, parts stacked in front: ``left (n, out, k)`` and so on."""
         found = {

@@ -19,6 +19,7 @@ from ella_kernels import LowRank
 
 from .atomic import make_folder, replacing, write_atomically, write_text_atomically
 from .checkpoint import PastState, StoredLayer, save_past
+from .distributed import SPREAD, is_writer, spread_by, wait_for_all, whole
 from .knowledge import left_out_ranks, peft_ranks, plain_config
 from .lora import AdaptedLayer, join_parts
 from .past import Past, described, fold_layer
@@ -76,8 +77,13 @@ def export_live(
 ) -> ExportReport:
     """:meth:`ella.EllaRegularizer.export_adapter` of a model whose trained adapter is ``adapter``."""
     out, trained = new_folder(directory), model.peft_config[adapter]
+    is_spread = spread_by(model, layers) in SPREAD
     current = {
-        layer.name: (layer.factors(*(p.detach() for p in layer.parameters())), layer.scaling(), layer.bias())
+        layer.name: (
+            layer.factors(*layer.whole()),
+            layer.scaling(),
+            None if (bias := layer.bias()) is None else whole(bias),
+        )
         for layer in layers
     }
     stored, report = fold_for_export({layer.name: past.stored(layer) for layer in layers}, current, rank)
@@ -87,7 +93,12 @@ def export_live(
         tensors |= factor_tensors(kept.factors(report.rank), layer.keys(), layer.tails, kept.bias)
     ranks = peft_ranks(layers, dict.fromkeys(stored, report.rank))
     config = plain_config(trained, ranks, left_out_ranks(model, layers, adapter))
-    write_adapter(out, config, tensors)
+    if not is_spread:
+        write_adapter(out, config, tensors)
+        return report
+    if is_writer():
+        write_adapter(out, config, tensors)
+    wait_for_all()
     return report
 
 

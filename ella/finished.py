@@ -21,6 +21,8 @@ from .acting import TASK
 from .bypass import ForwardWatch
 from .checkpoint import PastState, StoredLayer, load_past
 from .config import EllaConfig
+from .distributed import SPREAD, agree, spread_by, whole
+from .fsdp import rewritten
 from .knowledge import Marker, past_of, trained_adapter
 from .lora import AdaptedLayer, adapted_layers
 from .merging import MergedBase, check_fits, check_mergeable, checksums
@@ -52,6 +54,8 @@ class FinishedTasks:
         self.model, self.config = model, config
         self.past = Past(config.adapter_name, config.to_dict())
         self.watch: ForwardWatch | None = None
+        # What spreads the adapter over ranks: as spread_by says.
+        self.engine: str | None = None
         # Refuses a model that is no PEFT LoRA before anything is asked of it.
         self._find_layers(config.adapter_name, warn=True)
         self._take_up(state, folder)
@@ -102,6 +106,7 @@ class FinishedTasks:
                 f"the model has an adapter {TASK!r} of a later task that was loaded without its EllaRegularizer (a "
                 "resumed checkpoint, say): attach(trainer, regularizer) and EllaRegularizer.from_pretrained restore it"
             )
+        self.engine = spread_by(self.model, self.layers)
         if training and self.adapter not in self.model.active_adapters:
             raise ValueError(
                 f"adapter {self.adapter!r} is not active ({self.model.active_adapters} is), so the penalty would be on "
@@ -124,6 +129,8 @@ class FinishedTasks:
         if not isinstance(name, str):
             raise TypeError(f"the task's name must be a string, found {type(name).__name__}")
         self.check(training=True)
+        if self.engine in SPREAD:
+            knowledge.check_spread(self.model, self.layers, self.adapter, self.config.keep_past)
         for layer in self.layers:
             self._check_foldable(layer, name)
         folded = {layer.name: self._folded(layer) for layer in self.layers}
@@ -150,22 +157,31 @@ class FinishedTasks:
         for factor, parameter in zip("AB", layer.parameters(), strict=True):
             if parameter.device.type == "meta":
                 raise ValueError(f"lora_{factor} of {layer.name} is offloaded (on meta): {task!r} not folded")
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(whole(parameter)).all():
                 raise ValueError(f"lora_{factor} of {layer.name} is not finite; {task!r} is not folded")
         bias = layer.bias()
-        if bias is not None and not torch.isfinite(bias).all():
+        if bias is not None and not torch.isfinite(whole(bias)).all():
             raise ValueError(f"the bias of lora_B of {layer.name} is not finite; {task!r} is not folded")
 
     def reset(self) -> None:
         """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is."""
         init = self.model.peft_config[self.adapter].init_lora_weights
         for layer in self.layers:
-            if layer.tied_to is None:
+            if layer.tied_to is None and self.engine == "FSDP2":
+                with rewritten(layer, layer.adapter):
+                    layer.reset(init)
+            elif layer.tied_to is None:
                 layer.reset(init)
 
     def _folded(self, layer: AdaptedLayer) -> StoredLayer:
-        parts = layer.factors(*layer.parameters())
-        return fold_layer(self.past.stored(layer), parts, layer.scaling(), layer.bias(), self.config.past_rank)
+        parts = layer.factors(*layer.whole())
+        bias = None if (held := layer.bias()) is None else whole(held)
+        folded = fold_layer(self.past.stored(layer), parts, layer.scaling(), bias, self.config.past_rank)
+        if self.engine not in SPREAD:
+            return folded
+        # Every rank keeps its own rows: they must be of one decomposition, to the last bit.
+        agree(folded.all_tensors())
+        return folded.to("cpu")
 
     def install(
         self, stored: Mapping[str, StoredLayer], *, folding: bool = False, merged: bool = False
@@ -268,8 +284,8 @@ class FinishedTasks:
         """The factors of an adapter as a past of that many folds in which nothing was dropped."""
         return {
             layer.name: StoredLayer(
-                [LowRank(b, a) for a, b in layer.factors(*(p.detach() for p in layer.parameters(adapter)))],
-                layer.bias(adapter),
+                [LowRank(b, a) for a, b in layer.factors(*layer.whole(adapter))],
+                None if (bias := layer.bias(adapter)) is None else whole(bias),
                 [0.0] * folds,
             )
             for layer in self.layers

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from .acting import TASK, PreviousModule, act_together, release
 from .checkpoint import StoredLayer
+from .distributed import SPREAD, spread_by
+from .fsdp import manage
 from .lora import AdaptedLayer, AttentionLayer, ExpertsLayer, adapted_layers
 from .merging import shared_weights
 from .past import Past
@@ -168,11 +170,17 @@ def install(
     ``folding``: a task ends here, so what is trained beside the factors (``modules_to_save``) is finished too.
     """
     layers, knowledge = list(layers), past.adapter
+    engine = spread_by(model, layers)
+    if engine in SPREAD:
+        check_spread(model, layers, TASK, past.config["keep_past"])
     merges = _merges(model, layers)
     ranks = peft_ranks(layers, {name: layer.rank for name, layer in stored.items()})
     for layer in layers:
         kept = stored[layer.name]
+        before = layer.slots(knowledge) if layer.has(knowledge) else []
         layer.write(knowledge, kept.factors(), kept.bias)
+        if engine == "FSDP2":
+            manage(model, layer, knowledge, before)
         act_together(
             layer.module,
             knowledge,
@@ -195,6 +203,23 @@ def install(
     if in_base:
         config.without_effect(but=map(_pattern, left_out))
     model.peft_config[knowledge] = config
+
+
+def check_spread(model: PeftModel, layers: Iterable[AdaptedLayer], adapter: str, keep_past: str) -> None:
+    """Raise ValueError for what a past cannot be folded from, or kept in, where an engine spreads it over ranks."""
+    if keep_past == "merge":
+        raise ValueError(
+            "keep_past='merge' needs whole base weights on every rank, which FSDP2 and DeepSpeed's ZeRO-3 do not keep; "
+            "use keep_past='adapter'"
+        )
+    trained = [name for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    others = [*trained, *_left_out(model, layers, adapter)]
+    if others:
+        raise ValueError(
+            f"{others[0]} is trained beside the penalised LoRA factors (modules_to_save, a layer that was left out), "
+            "and its copy for finished tasks cannot be spread over ranks: save the model, fold with `ella fold`, and "
+            "train the next task in a new process"
+        )
 
 
 def _merges(model: PeftModel, layers: Sequence[AdaptedLayer]) -> dict[str, dict[str, Any]]:

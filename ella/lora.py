@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
 from torch import Tensor, nn
+
+from .distributed import is_sharded, shape_of, storage_of, whole
 
 __all__ = [
     "STATE_PREFIX", "AdaptedLayer", "adapted_layers", "join_parts", "split_parts", "unsupported_config",
@@ -98,11 +101,25 @@ class AdaptedLayer:
         """``lora_B``'s bias ``(out,)`` where ``lora_bias`` is set; it is part of the effect, not of ``ΔW``."""
         return self.module.lora_B[adapter or self.adapter].bias
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """:meth:`parameters` of the trained adapter with what messages call them."""
+        return [(f"lora_{factor} of {self.name}", p) for factor, p in zip("AB", self.parameters(), strict=True)]
+
+    def whole(self, adapter: str | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`parameters`, detached and whole on every rank: a collective where they are spread over ranks."""
+        a, b = self.parameters(adapter)
+        return whole(a), whole(b)
+
     def all_parameters(self, adapter: str) -> list[nn.Parameter]:
         """Factors and bias of an adapter; empty where the layer lacks it."""
         return (
             [p for p in (*self.parameters(adapter), self.bias(adapter)) if p is not None] if self.has(adapter) else []
         )
+
+    def slots(self, adapter: str) -> list[tuple[nn.Module, str]]:
+        """Where the parameters of an adapter hang: modules and names in them."""
+        a, b = self.module.lora_A[adapter], self.module.lora_B[adapter]
+        return [(a, "weight"), (b, "weight"), *([] if b.bias is None else [(b, "bias")])]
 
     def scaling(self, adapter: str | None = None) -> float:
         """The layer's own ``α/r`` (rsLoRA and rank or alpha patterns included)."""
@@ -121,13 +138,13 @@ class AdaptedLayer:
     def tails(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Dimensions of ``A`` behind the rank and of ``B`` behind ``(out, r)``."""
         a, b = self.parameters()
-        return tuple(a.shape[1:]), tuple(b.shape[2:])
+        return tuple(shape_of(a)[1:]), tuple(shape_of(b)[2:])
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of one part's ``ΔW``."""
-        a, b = self.factors(*(p.detach() for p in self.parameters()))[0]
-        return b.shape[0], a.shape[1]
+        a, b = self.parameters()
+        return shape_of(b)[0], math.prod(shape_of(a)[1:])
 
     def keys(self) -> tuple[str, str]:
         """Names of ``A`` and ``B`` in a saved adapter."""
@@ -153,7 +170,8 @@ class AdaptedLayer:
     def _write(self, adapter: str, a: nn.Parameter, b: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         for holders, weight in ((self.module.lora_A, a), (self.module.lora_B, b)):
             # The trained module's twin: strides, paddings and whatever hooks put it on its device.
-            holder = copy.deepcopy(holders[self.adapter])
+            trained = holders[self.adapter]
+            holder = _twin(trained) if is_sharded(trained.weight) else copy.deepcopy(trained)
             holder.weight = weight
             for size, dim in _SIZES.get(type(holder), ()):
                 setattr(holder, size, weight.shape[dim])
@@ -194,6 +212,9 @@ class EmbeddingLayer(AdaptedLayer):
     def bias(self, adapter: str | None = None) -> None:
         return None
 
+    def slots(self, adapter: str) -> list[tuple[nn.Module, str]]:
+        return [(self.module.lora_embedding_A, adapter), (self.module.lora_embedding_B, adapter)]
+
     def keys(self) -> tuple[str, str]:
         return f"{STATE_PREFIX}{self.path}.lora_embedding_A", f"{STATE_PREFIX}{self.path}.lora_embedding_B"
 
@@ -225,6 +246,19 @@ class ExpertsLayer(AdaptedLayer):
     @property
     def n_parts(self) -> int:
         return self.module.num_experts
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module like ``module`` without parameters, hooks or what FSDP2 has put on it."""
+    cls: Any = next(cls for cls in type(module).__mro__ if cls in _SIZES)
+    twin = cls.__new__(cls)
+    nn.Module.__init__(twin)
+    own = {name: value for name, value in vars(module).items() if name not in vars(twin) and not name.startswith("__")}
+    vars(twin).update(own)
+    for name in ("weight", "bias"):
+        twin.register_parameter(name, None)
+    made: nn.Module = twin
+    return made
 
 
 def split_parts(a: Tensor, b: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
@@ -276,7 +310,7 @@ def adapted_layers(
         if reason:
             refused[layer.name] = reason
             continue
-        storage = frozenset(map(_storage, (p for p in layer.parameters() if p.numel())))
+        storage = frozenset(key for p in layer.parameters() if (key := storage_of(p)) is not None)
         found.append(dataclasses.replace(layer, tied_to=seen.get(storage) if storage else None))
         seen.setdefault(storage, layer.name)
     if refused and not (skip_unsupported and found):

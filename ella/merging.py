@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import StoredLayer
+from .distributed import storage_of
 from .lora import AdaptedLayer
 
 __all__ = ["MergedBase", "check_fits", "check_mergeable", "checksums", "shared_weights"]
@@ -53,9 +54,10 @@ def check_mergeable(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
 
 def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> set[str]:
     """Names of the layers whose base weight is another module's as well: tied embeddings, replicated layers."""
-    owners = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False) if p.numel())
+    owners = Counter(storage_of(p) for _, p in model.named_parameters(remove_duplicate=False))
     weights = {layer.name: getattr(layer.module.get_base_layer(), "weight", None) for layer in layers}
-    return {name for name, weight in weights.items() if weight is not None and owners[weight.data_ptr()] > 1}
+    keys = {name: storage_of(weight) for name, weight in weights.items() if weight is not None}
+    return {name for name, key in keys.items() if key is not None and owners[key] > 1}
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ella_kernels import LowRank
 from ella_kernels.lowrank import split_evenly, svd_factors
 
 from .checkpoint import PastState, StoredLayer, save_past
+from .distributed import is_spread, shape_of, whole
 from .lora import AdaptedLayer, split_parts
 from .merging import MergedBase
 from .tensorfile import read_tensors
@@ -164,13 +165,32 @@ class Past:
         return self.config["keep_past"] == "external"
 
     def factors(self, layer: AdaptedLayer) -> list[tuple[Tensor, Tensor]] | None:
-        """``(R (k, in), L (out, k))`` per part, views of what is stored; None where the layer has no past."""
+        """``(R (k, in), L (out, k))`` per part, views of what is stored; None where the layer has no past.
+
+        Whole on every rank: a collective where the adapter is spread over ranks.
+        """
         if self.is_external:
             held = self._held.get(layer.name)
             return None if held is None else [(part.right, part.left) for part in held.parts]
         if layer.name not in self._errors or not layer.has(self.adapter):
             return None
-        return layer.factors(*(p.detach() for p in layer.parameters(self.adapter)))
+        return layer.factors(*layer.whole(self.adapter))
+
+    def stored_in(self, layer: AdaptedLayer) -> list[Tensor]:
+        """The tensors that hold a layer's factors, as they lie: this rank's parts where they are spread over ranks."""
+        if self.is_external:
+            held = self._held.get(layer.name)
+            return [] if held is None else [t for part in held.parts for t in (part.right, part.left)]
+        if layer.name not in self._errors or not layer.has(self.adapter):
+            return []
+        return list(layer.parameters(self.adapter))
+
+    def rank(self, layer: AdaptedLayer) -> int:
+        """Components stored of each part of a layer; 0 without a past."""
+        stored = self.stored_in(layer)
+        if self.is_external or not stored:
+            return stored[0].shape[0] if stored else 0
+        return shape_of(stored[0])[0] // layer.n_parts
 
     def parts(self, layer: AdaptedLayer) -> list[LowRank] | None:
         """One :class:`~ella_kernels.LowRank` per part, on the device of the layer's factors; None without a past."""
@@ -193,7 +213,7 @@ class Past:
         if parts is None:
             return None
         bias = self._held[layer.name].bias if self.is_external else layer.bias(self.adapter)
-        return StoredLayer(parts, bias, self._errors[layer.name])
+        return StoredLayer(parts, None if bias is None else whole(bias), self._errors[layer.name])
 
     def adopt(self, layers: Iterable[AdaptedLayer], stored: Mapping[str, StoredLayer], trained: LoraConfig) -> None:
         """Take over ``stored`` in place of what was; the factors only where no adapter of the model holds them.
@@ -220,8 +240,11 @@ class Past:
 
     def state(self, layers: Iterable[AdaptedLayer]) -> PastState:
         """All of it as :func:`~ella.checkpoint.save_past` writes it."""
-        stored = {layer.name: self.stored(layer) for layer in layers}
-        found = {name: layer for name, layer in stored.items() if layer is not None}
+        found = {}
+        for layer in layers:
+            stored = self.stored(layer)
+            if stored is not None:  # whole factors of a layer that is spread over ranks leave the device
+                found[layer.name] = stored.to("cpu") if any(map(is_spread, self.stored_in(layer))) else stored
         shapes = {layer.name: (layer.n_parts, *layer.shape) for layer in layers}
         return PastState(self.config, list(self.tasks), found, shapes, self._extra())
 

@@ -13,11 +13,13 @@ import ella_kernels as ek
 
 from .checkpoint import PastState, load_past, save_past
 from .config import EllaConfig
+from .distributed import SPREAD, is_writer, refuse_tensor_parallel, wait_for_all
 from .export import ExportReport, export_live
 from .finished import FinishedTasks
 from .linear_layers import LinearLayers, gradients
 from .lora import AdaptedLayer
 from .past import FoldReport
+from .sharded import ShardedPenalty
 from .terms import Operands, Term, Terms
 
 __all__ = ["EllaRegularizer"]
@@ -67,6 +69,8 @@ class EllaRegularizer:
         self._linear = LinearLayers(self._penalised)
         self._terms = Terms(self.config, self._penalised, self._linear)
         self._plan = ek.Plan(self.config.penalty)
+        self._sharded = ShardedPenalty(self._penalised, self._terms)
+        self._is_checked = False
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -91,7 +95,12 @@ class EllaRegularizer:
         Under gradient accumulation add it once per optimizer step, not per micro-batch, or use
         :meth:`add_gradient_`.
         """
-        return self._call(self._evaluate, self._operands(training=True)).sum() * self._weight()
+        if self._spread(training=True) == "FSDP2":
+            raise ValueError(
+                "penalty() has no derivative with respect to parameters that FSDP2 shards: call add_gradient_() once "
+                "per optimizer step, after zero_grad() and before clipping"
+            )
+        return self._call(self._evaluate, self._operands()).sum() * self._weight()
 
     @torch.no_grad()
     def add_gradient_(self, scale: float | Tensor = 1.0) -> Tensor:
@@ -99,10 +108,21 @@ class EllaRegularizer:
 
         Once per optimizer step, before or after ``backward()``, before clipping. ``scale`` is a gradient scaler's
         scale. Returns ``λ · reduce(P)``, 0-dim.
+
+        Under DDP and FSDP2 every rank calls it, on its model or the one inside the wrapper. Raises ValueError under
+        DeepSpeed, which keeps gradients elsewhere.
         """
-        operands = self._operands(training=True)
         weight = self._weight() * scale
         add_ = self._plan.add_grad_
+        engine = self._spread(training=True)
+        if engine in ("ZeRO", "ZeRO-3"):
+            raise ValueError(
+                "DeepSpeed keeps gradients apart from the parameters, where add_gradient_() would be lost: use "
+                "ella.deepspeed.with_penalty(loss, regularizer, engine), or attach(trainer, regularizer)"
+            )
+        if engine == "FSDP2":
+            return self._sharded.add_gradient_(self._finished.past, add_, weight) * self._weight()
+        operands = self._operands()
         parameters = self._linear.trainable(self.adapter)
         if parameters is not None:
             into, n = gradients(parameters), len(self._penalised)
@@ -122,24 +142,41 @@ class EllaRegularizer:
     @torch.no_grad()
     def values(self) -> dict[str, float]:
         """Raw ``P`` per layer, without λ and reduction; an expert layer is the sum over its experts."""
-        operands = self._operands()
         found = {layer.name: 0.0 for layer in self._penalised}
-        for term, value in zip(operands.terms, self._call(self._evaluate, operands).tolist(), strict=True):
-            found[self._penalised[term.layer].name] += value
+        if self._spread() == "FSDP2":
+            terms, values = self._sharded.values(self._finished.past, self._penalties)
+        else:
+            operands = self._operands()
+            terms, values = [term.layer for term in operands.terms], self._call(self._evaluate, operands)
+        for layer, value in zip(terms, values.tolist(), strict=True):
+            found[self._penalised[layer].name] += value
         return found
 
     def _weight(self) -> float:
         return self.config.ella_lambda / (len(self._penalised) if self.config.reduction == "mean" else 1)
 
     def _evaluate(self, terms: list[Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
-        grouped = ek.spectral_penalty_grouped if self.config.penalty == "spectral" else ek.hadamard_penalty_grouped
-        return grouped(a, b, [t.past for t in terms], [t.scaling for t in terms])
+        return self._penalties(a, b, [t.past for t in terms], [t.scaling for t in terms])
 
-    def _operands(self, training: bool = False) -> Operands:
-        """What the penalty is computed from in the model as it is now; ``training``: a gradient will be used."""
+    def _penalties(
+        self, a: list[Tensor], b: list[Tensor], pasts: list[ek.LowRank | None], scalings: list[float]
+    ) -> Tensor:
+        grouped = ek.spectral_penalty_grouped if self.config.penalty == "spectral" else ek.hadamard_penalty_grouped
+        return grouped(a, b, pasts, scalings)
+
+    def _spread(self, training: bool = False) -> str | None:
+        """What spreads the model, as it is now, over ranks; ``training``: a gradient will be used."""
         self._finished.check(training)
         if self._layers is not self._finished.layers:
             self._follow()
+        engine = self._finished.engine
+        if engine is None and not self._is_checked:
+            refuse_tensor_parallel(self._penalised, None)
+            self._is_checked = True
+        return engine
+
+    def _operands(self) -> Operands:
+        """What the penalty is computed from, after :meth:`_spread`."""
         return self._terms.current(self._finished.past)
 
     def _call(self, compute: Callable[[list[Term], list[Tensor], list[Tensor]], Tensor], operands: Operands) -> Tensor:
@@ -226,8 +263,16 @@ class EllaRegularizer:
 
         The trained adapter is not in it: save that with the PEFT model, or call this after :meth:`end_task`. What PEFT
         saves (``model.save_pretrained``, any trainer's checkpoint) has the same state beside the adapter.
+
+        Under FSDP2 and ZeRO-3 every rank calls it and the first one writes.
         """
-        save_past(save_directory, self.state())
+        state = self.state()
+        if self._finished.engine not in SPREAD:
+            save_past(save_directory, state)
+            return
+        if is_writer():
+            save_past(save_directory, state)
+        wait_for_all()
 
     @classmethod
     def from_pretrained(

@@ -64,12 +64,13 @@ class Terms:
             tuple(map(Tensor.stride, factors)),
         )
         if self._made is None or self._made.key != key:
-            terms = [term for i in range(len(self.layers)) for term in self._of_layer(past, i)]
+            terms = [term for i in range(len(self.layers)) for term in self.of_layer(past, i)]
             stored = [factor.detach() for factor in factors]
             self._made = Operands(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms])
         return self._made
 
-    def _of_layer(self, past: Past, index: int) -> list[Term]:
+    def of_layer(self, past: Past, index: int) -> list[Term]:
+        """The terms of one layer, from whole factors."""
         layer = self.layers[index]
         scaling = layer.scaling() if self.config.include_scaling else 1.0
         pasts = past.parts(layer)

@@ -6,6 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ def poisoned():
 
     Other callers get what they asked for. So does a compiler: it traces the allocation, not its caller.
     """
+    with poisoning():
+        yield
+
+
+@contextmanager
+def poisoning():
+    """:func:`poisoned` for other processes than pytest's."""
     # PyTorch remembers which functions torch.device("meta") acts on: the ones that are replaced here too.
     _device_constructors()
     with pytest.MonkeyPatch.context() as patch:

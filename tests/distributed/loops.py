@@ -1,0 +1,94 @@
+"""Cases: bare torch loops under DDP and FSDP2."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.models import (
+    CLIP,
+    LR,
+    STEPS,
+    adapted,
+    batch,
+    blocks,
+    full,
+    mine,
+    regularized,
+    trainable,
+    weights,
+    with_past,
+    world,
+)  # fmt: skip
+
+
+def fsdp2(model):
+    if world() > 1:
+        for block in blocks(model):
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def ddp(model):
+    return DistributedDataParallel(model) if world() > 1 else model
+
+
+ENGINES = {"ddp": ddp, "fsdp2": fsdp2}
+
+
+def step(kind, number, model, wrapped, reg, optimizer, accumulation):
+    """One optimizer step; returns the penalty and the norm of the gradient before clipping."""
+    optimizer.zero_grad()
+    penalty = reg.add_gradient_()
+    for micro in range(accumulation):
+        is_last = micro + 1 == accumulation
+        if hasattr(wrapped, "set_requires_gradient_sync"):
+            wrapped.set_requires_gradient_sync(is_last)
+        elif hasattr(wrapped, "require_backward_grad_sync"):
+            wrapped.require_backward_grad_sync = is_last
+        (wrapped(**mine(batch(kind, number, micro))).loss / accumulation).backward()
+    norm = nn.utils.clip_grad_norm_(trainable(model), CLIP)
+    optimizer.step()
+    return penalty.item(), full(norm).item()
+
+
+def one_task(folder, kind, engine, accumulation, strength="0.01", r="4"):
+    """A few steps in the second task."""
+    model, reg = with_past(kind, float(strength), int(r))
+    wrapped = ENGINES[engine](model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=LR)
+    steps = [step(kind, i, model, wrapped, reg, optimizer, int(accumulation)) for i in range(STEPS)]
+    return {"weights": weights(reg), "steps": steps, "values": reg.values()}
+
+
+def two_tasks(folder, kind, engine, accumulation, strength="0.01", r="4"):
+    """Both tasks of a model in one process, the second one on what the first one left."""
+    torch.manual_seed(7)
+    model = adapted(kind, int(r))
+    reg = regularized(model, float(strength))
+    wrapped = ENGINES[engine](model)
+    steps = []
+    for task in ("first", "second"):
+        optimizer = torch.optim.AdamW(trainable(model), lr=LR)
+        steps += [step(kind, i, model, wrapped, reg, optimizer, int(accumulation)) for i in range(STEPS)]
+        with torch.no_grad():
+            before = full(wrapped(**batch(kind, 50)).logits).clone()
+        torch.manual_seed(11)
+        report = reg.end_task(task)
+        with torch.no_grad():
+            after = full(wrapped(**batch(kind, 50)).logits).clone()
+    reg.save_pretrained(folder / "state")
+    state = reg.state()
+    past = {name: held.parts[0].left @ held.parts[0].right for name, held in state.layers.items()}
+    return {
+        "weights": weights(reg),
+        "steps": steps,
+        "past": past,
+        "kept": (before - after).abs().max().item(),
+        "ranks": report.ranks,
+        "tasks": reg.tasks,
+        "logits": after,
+    }
