@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .regularizer import EllaRegularizer
     from .shrinkage import interference, interference_bound, shrink, shrink_spectral
     from .trainer import EllaCallback, attach
+    from .zero import with_penalty
 
 # Names load on first use: `import ella` stays light, and the command line answers before PEFT is imported.
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "interference_bound": "shrinkage",
     "shrink": "shrinkage",
     "shrink_spectral": "shrinkage",
+    "with_penalty": "zero",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "interference_bound",
     "shrink",
     "shrink_spectral",
+    "with_penalty",
 ]
 
 

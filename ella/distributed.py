@@ -7,7 +7,9 @@ a sum over rows, so a rank needs all of ``lora_A`` and ``right`` and its own row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
     from .lora import AdaptedLayer
 
 __all__ = [
-    "SPREAD", "Rows", "agree", "is_partitioned", "is_sharded", "is_spread", "is_writer", "owners",
-    "refuse_tensor_parallel", "shape_of", "spread_by", "storage_of", "wait_for_all", "whole",
+    "SPREAD", "Rows", "agree", "agreed_missing", "gathered", "is_partitioned", "is_sharded", "is_spread", "is_writer",
+    "owners", "refuse_tensor_parallel", "shape_of", "spread_by", "storage_of", "wait_for_all", "whole",
 ]  # fmt: skip
 
 
@@ -74,11 +76,22 @@ def whole(parameter: Tensor) -> Tensor:
         found: Tensor = parameter.detach().full_tensor()  # type: ignore[attr-defined]
         return found
     if is_partitioned(parameter):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([parameter]):
+        with gathered([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None]:
+    """Within, what ZeRO-3 has partitioned of ``parameters`` is whole; with ``write`` the first rank's changes stay."""
+    apart = [p for p in parameters if is_partitioned(p) and p.ds_status.name != "AVAILABLE"]  # type: ignore[attr-defined]
+    if not apart:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(apart, modifier_rank=0 if write else None):
+        yield
 
 
 def spread_by(model: nn.Module, layers: Sequence[AdaptedLayer]) -> str | None:
@@ -156,6 +169,14 @@ def as_sharded(model: nn.Module) -> None:
 def is_writer() -> bool:
     """Whether this process writes the files that all processes agree on."""
     return not is_running() or dist.get_rank() == 0
+
+
+def agreed_missing(path: Path) -> bool:
+    """Whether the first process does not find ``path``: the same answer on every one."""
+    answer = [not path.exists()]
+    if is_running():
+        dist.broadcast_object_list(answer, 0)
+    return answer[0]
 
 
 def wait_for_all() -> None:

@@ -21,7 +21,7 @@ from .acting import TASK
 from .bypass import ForwardWatch
 from .checkpoint import PastState, StoredLayer, load_past
 from .config import EllaConfig
-from .distributed import SPREAD, agree, spread_by, whole
+from .distributed import SPREAD, agree, gathered, spread_by, whole
 from .fsdp import rewritten
 from .knowledge import Marker, past_of, trained_adapter
 from .lora import AdaptedLayer, adapted_layers
@@ -171,7 +171,8 @@ class FinishedTasks:
                 with rewritten(layer, layer.adapter):
                     layer.reset(init)
             elif layer.tied_to is None:
-                layer.reset(init)
+                with gathered(layer.all_parameters(layer.adapter), write=True):
+                    layer.reset(init)
 
     def _folded(self, layer: AdaptedLayer) -> StoredLayer:
         parts = layer.factors(*layer.whole())

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
 from torch import Tensor, nn
 
-from .distributed import is_sharded, shape_of, storage_of, whole
+from .distributed import is_spread, shape_of, storage_of, whole
 
 __all__ = [
     "STATE_PREFIX", "AdaptedLayer", "adapted_layers", "join_parts", "split_parts", "unsupported_config",
@@ -171,7 +171,7 @@ class AdaptedLayer:
         for holders, weight in ((self.module.lora_A, a), (self.module.lora_B, b)):
             # The trained module's twin: strides, paddings and whatever hooks put it on its device.
             trained = holders[self.adapter]
-            holder = _twin(trained) if is_sharded(trained.weight) else copy.deepcopy(trained)
+            holder = _twin(trained) if is_spread(trained.weight) else copy.deepcopy(trained)
             holder.weight = weight
             for size, dim in _SIZES.get(type(holder), ()):
                 setattr(holder, size, weight.shape[dim])

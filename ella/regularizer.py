@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 import ella_kernels as ek
 
@@ -118,7 +118,7 @@ class EllaRegularizer:
         if engine in ("ZeRO", "ZeRO-3"):
             raise ValueError(
                 "DeepSpeed keeps gradients apart from the parameters, where add_gradient_() would be lost: use "
-                "ella.deepspeed.with_penalty(loss, regularizer, engine), or attach(trainer, regularizer)"
+                "ella.with_penalty(loss, regularizer, engine), or attach(trainer, regularizer)"
             )
         if engine == "FSDP2":
             return self._sharded.add_gradient_(self._finished.past, add_, weight) * self._weight()
@@ -131,13 +131,39 @@ class EllaRegularizer:
             )  # fmt: skip
             return values.sum() * self._weight()
         grads = [self._gradients(layer) for layer in self._penalised]
+        return self._add(operands, grads, weight) * self._weight()
+
+    @torch.no_grad()
+    def gradients(self) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]:
+        """``λ · reduce(P)``, 0-dim, and its gradient: parameters and a tensor for each, ``.grad`` as it is.
+
+        For engines that keep gradients elsewhere; the parameters must be whole (:meth:`spread_parameters`).
+        """
+        self._spread(training=True)
+        operands, found, grads = self._operands(), {}, []
+        for layer in self._penalised:
+            pair = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in layer.parameters()]
+            grads.append(layer.factors(*pair))
+            found.update({p: g for p, g in zip(layer.parameters(), pair, strict=True) if p.requires_grad})
+        value = self._add(operands, grads, self._weight()) * self._weight()
+        return value, list(found), list(found.values())
+
+    def spread_parameters(self) -> list[nn.Parameter]:
+        """The parameters that :meth:`gradients` reads, as they lie."""
+        past = self._finished.past
+        stored = [p for layer in self._penalised for p in past.stored_in(layer) if isinstance(p, nn.Parameter)]
+        return [*(p for layer in self._penalised for p in layer.parameters()), *stored]
+
+    def _add(self, operands: Operands, grads: Sequence[list[tuple[Tensor, Tensor]]], weight: float | Tensor) -> Tensor:
+        """Add ``weight · ∂ΣP`` to ``grads``, per layer and part ``(A, B)``; returns ``ΣP``."""
+        add_ = ek.add_spectral_grad_ if self.config.penalty == "spectral" else ek.add_hadamard_grad_
 
         def add(terms: list[Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
             into = [grads[t.layer][t.part] for t in terms]
             pasts, scalings = [t.past for t in terms], [t.scaling for t in terms]
             return add_(a, b, pasts, scalings, [g[0] for g in into], [g[1] for g in into], weight=weight)
 
-        return self._call(add, operands).sum() * self._weight()
+        return self._call(add, operands).sum()
 
     @torch.no_grad()
     def values(self) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The penalty of an adapter that FSDP2 spreads over ranks: every rank computes its own rows of ``ΔW``.
 
 A step costs two collectives, whatever the number of layers: one all-gather of ``lora_A`` (and of the past's ``right``
-where that is too large to be kept whole), one reduce-scatter of its gradient with the value in it. The gradient of
-``lora_B`` is complete where it is computed.
+where that is too large to be kept whole), one reduce-scatter of its gradient with the value in it (for the spectral
+penalty, one all-reduce of ``LᵀB``). The gradient of ``lora_B`` is complete where it is computed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ import ella_kernels as ek
 from .distributed import Rows, refuse_tensor_parallel
 from .lora import AdaptedLayer
 from .past import Past
-from .terms import Term, Terms
+from .terms import KEPT, Term, Terms
 
 __all__ = ["ShardedPenalty"]
-
-# Bytes of all ``right`` factors up to which every rank keeps them whole; beyond, they are gathered in every step.
-_KEPT = 2**28
 
 Compute = Callable[[list[Tensor], list[Tensor], list[ek.LowRank | None], list[float]], Tensor]
 
@@ -56,7 +53,12 @@ class ShardedPenalty:
         """Each term's layer, and ``(n_terms,)`` values by ``compute(As, Bs, pasts, scalings)``, on every rank."""
         rows, terms = self._current(past)
         a, b, pasts = self._operands(rows, terms)
-        return [term.layer for term in terms], rows.sum(compute(a, b, pasts, [term.scaling for term in terms]))
+        scalings = [term.scaling for term in terms]
+        if self._is_spectral:
+            found = compute(a, *_projected(rows, b, pasts), scalings)
+        else:
+            found = rows.sum(compute(a, b, pasts, scalings))
+        return [term.layer for term in terms], found
 
     @torch.no_grad()
     def add_gradient_(self, past: Past, add_: Callable[..., Tensor], weight: float | Tensor) -> Tensor:
@@ -73,9 +75,19 @@ class ShardedPenalty:
             for layer, ga, gb, (p, _) in zip(self.layers, of_a, of_b, parameters, strict=True)
         ]
         grads = [into[term.layer][term.part] for term in terms]
-        scalings = [term.scaling for term in terms]
-        values = add_(a, b, pasts, scalings, [g for g, _ in grads], [g for _, g in grads], weight=weight)
-        summed, total = rows.reduce(of_a, values.sum())
+        grads_a, grads_b, scalings = [g for g, _ in grads], [g for _, g in grads], [term.scaling for term in terms]
+        if self._is_spectral:
+            # Not a sum over rows: what every rank needs of all rows is LᵀB, and with it the gradient of A is whole.
+            cores, small = _projected(rows, b, pasts)
+            of_cores = [torch.zeros_like(core) for core in cores]
+            total = add_(a, cores, small, scalings, grads_a, of_cores, weight=weight).sum()
+            for grad, core, whole in zip(grads_b, of_cores, pasts, strict=True):
+                if whole is not None:
+                    grad.add_(whole.left.to(core.dtype) @ core)
+            summed = [ga[rows.of(p.shape[0])] for ga, (p, _) in zip(of_a, parameters, strict=True)]
+        else:
+            values = add_(a, b, pasts, scalings, grads_a, grads_b, weight=weight)
+            summed, total = rows.reduce(of_a, values.sum())
         for (p, q), ga, gb in zip(parameters, summed, of_b, strict=True):
             if p.requires_grad:
                 target = _local_grad(rows, p)
@@ -83,6 +95,10 @@ class ShardedPenalty:
             if q.requires_grad and gb is not (target := _local_grad(rows, q)):
                 target.add_(gb.to(target.device))
         return total
+
+    @property
+    def _is_spectral(self) -> bool:
+        return self._whole_terms.config.penalty == "spectral"
 
     def _target(self, rows: Rows, parameter: Tensor) -> Tensor:
         """Where the gradient of this rank's rows is summed: in ``.grad`` itself, if the kernels can reach it."""
@@ -136,7 +152,7 @@ class ShardedPenalty:
         found = []
         for index, layer in enumerate(self.layers):
             for term in self._whole_terms.of_layer(past, index):
-                found.append(_local(rows, term, layer.shape[0], size <= _KEPT))
+                found.append(_local(rows, term, layer.shape[0], size <= KEPT))
         return found
 
 
@@ -154,6 +170,29 @@ def _local(rows: Rows, term: Term, n_rows: int, is_kept: bool) -> _LocalTerm:
     right = right.clone() if is_kept else right[rows.of(rank)].clone()
     past = ek.LowRank(left[own].clone(), right, row_energy, col_energy)
     return _LocalTerm(term.layer, term.part, past, rank, is_kept, term.scaling)
+
+
+def _projected(
+    rows: Rows, b: Sequence[Tensor], pasts: Sequence[ek.LowRank | None]
+) -> tuple[list[Tensor], list[ek.LowRank | None]]:
+    """The spectral penalty's ``LᵀB (k, r)`` of all rows in place of ``B``, with pasts to match, in one all-reduce.
+
+    ``‖(LᵀB)(A Rᵀ)‖`` is that of a ``B`` which is ``LᵀB`` and an ``L`` which is the identity. Summed in float64: nearly
+    orthogonal factors cancel there.
+    """
+    own = [q if past is None else past.left.double().mT @ q.double() for q, past in zip(b, pasts, strict=True)]
+    moved = [core.flatten() for core, past in zip(own, pasts, strict=True) if past is not None]
+    sums = iter(rows.sum(torch.cat(moved)).split([core.numel() for core in moved])) if moved else iter(())
+    cores: list[Tensor] = []
+    small: list[ek.LowRank | None] = []
+    for q, core, past in zip(b, own, pasts, strict=True):
+        if past is None:
+            cores.append(q)
+            small.append(None)
+            continue
+        cores.append(next(sums).view(core.shape).to(_wide(q)))
+        small.append(ek.LowRank(torch.eye(core.shape[0], dtype=past.left.dtype, device=q.device), past.right))
+    return cores, small
 
 
 def _wide(parameter: Tensor) -> torch.dtype:

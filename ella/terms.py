@@ -12,11 +12,15 @@ from torch import Tensor
 import ella_kernels as ek
 
 from .config import EllaConfig
+from .distributed import is_partitioned
 from .linear_layers import LinearLayers
 from .lora import AdaptedLayer
 from .past import Past, add_energies
 
-__all__ = ["Operands", "Term", "Terms"]
+__all__ = ["KEPT", "Operands", "Term", "Terms"]
+
+# Bytes of what a step reads of the past, in all layers, up to which a rank that holds parts keeps it whole.
+KEPT = 2**28
 
 
 class Term(NamedTuple):
@@ -55,6 +59,8 @@ class Terms:
         if factors is None:
             parts = [past.factors(layer) or () for layer in self.layers]
             factors = [factor for part in parts for pair in part for factor in pair]
+        if any(map(is_partitioned, factors)):
+            return self._of_partitioned(past, factors)
         key = (
             self._linear.scalings(self.layers[0].adapter) or tuple(layer.scaling() for layer in self.layers),
             tuple(map(Tensor.data_ptr, factors)),
@@ -67,6 +73,18 @@ class Terms:
             terms = [term for i in range(len(self.layers)) for term in self.of_layer(past, i)]
             stored = [factor.detach() for factor in factors]
             self._made = Operands(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms])
+        return self._made
+
+    def _of_partitioned(self, past: Past, factors: Sequence[Tensor]) -> Operands:
+        """Where ZeRO-3 moves factors about: theirs are copies, kept for the next step unless they are large."""
+        key = (tuple(layer.scaling() for layer in self.layers), tuple(past.tasks), *map(id, factors))
+        if self._made is None or self._made.key != key:
+            terms = [term for i in range(len(self.layers)) for term in self.of_layer(past, i)]
+            made = Operands(key, [*factors], terms, [t.past for t in terms], [t.scaling for t in terms])
+            size = sum(4 * (t.past.left.numel() + t.past.right.numel()) for t in terms if t.past is not None)
+            if size > KEPT:
+                return made
+            self._made = made
         return self._made
 
     def of_layer(self, past: Past, index: int) -> list[Term]:

@@ -15,14 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .acting import TASK
 from .checkpoint import PAST_FILE
+from .distributed import agreed_missing, is_partitioned, spread_by, whole
 from .knowledge import Marker
 from .lora import EmbeddingLayer
 from .regularizer import EllaRegularizer
+from .zero import with_penalty
 
 __all__ = ["EllaCallback", "attach"]
+
+_FSDP1 = (
+    "FSDP1's flat parameters hold no rows of a LoRA factor, so the penalty cannot be computed: use FSDP2 "
+    "(fsdp_version 2 in accelerate, fsdp_config={'version': 2} in TrainingArguments)"
+)
 
 
 class EllaCallback(TrainerCallback):
@@ -40,11 +48,13 @@ class EllaCallback(TrainerCallback):
         self._sum: torch.Tensor | None = None
         self._steps = 0
         self._attached = False
+        # DeepSpeed: the penalty goes through the loss, which only attach() can see to.
+        self._through_loss = False
         self._seed: _Seed | None = None
         self._looks = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        refuse_unsupported(args)
+        refuse_unsupported(args, self._through_loss)
         self._sum, self._steps = None, 0
         # The first steps in which there is a seed to lose are looked at; each look waits for the device.
         self._seed, self._looks = None, 20
@@ -60,13 +70,25 @@ class EllaCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self._through_loss:
+            return
         # fp16: the task's gradients arrive multiplied by the scale and are divided by it before clipping.
         scaler = getattr(optimizer, "scaler", None)
         value = self.regularizer.add_gradient_(scaler.get_scale() if scaler is not None else 1.0)
         if self._looks > 0:
             self._seed = _Seed.of(self.regularizer)
+        self._note(value)
+
+    def _note(self, value: Tensor) -> None:
+        """The penalty of an optimizer step."""
         self._sum = value if self._sum is None else self._sum + value
         self._steps += 1
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # FSDP2 with sharded state dicts: nobody saves the adapters as PEFT does, and the state with them.
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if spread_by(self.regularizer.model, self.regularizer.layers) == "FSDP2" and agreed_missing(folder / PAST_FILE):
+            self.regularizer.save_pretrained(folder)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seed, self._seed = self._seed, None
@@ -153,8 +175,10 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
 
     Raises:
         TypeError: not a trainer.
-        ValueError: another model, a regularizer already attached, or an engine whose gradients are not on the
-            parameters (DeepSpeed, FSDP), which this version does not support.
+        ValueError: another model, a regularizer already attached, or FSDP1.
+
+    DDP and FSDP2: the gradient is written to ``.grad`` at the start of an optimizer step. DeepSpeed: it goes through
+    the loss of the last micro-batch (:func:`ella.with_penalty`).
     """
     if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "add_callback"):
         raise TypeError(f"trainer must be a transformers Trainer, found {type(trainer).__name__}")
@@ -168,14 +192,14 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
         )
     if any(isinstance(callback, EllaCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer already has an EllaCallback; a second one would double the penalty")
-    refuse_unsupported(trainer.args)
-    # An accelerate configuration file turns these on without a word in the arguments.
-    for name, title in (("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")):
-        if getattr(trainer, name, False):
-            raise ValueError(f"{title} keeps gradients apart from the parameters, where the penalty would be lost")
+    # An accelerate configuration file turns engines on without a word in the arguments.
+    through_loss = bool(trainer.args.deepspeed or getattr(trainer, "is_deepspeed_enabled", False))
+    refuse_unsupported(trainer.args, through_loss)
+    if getattr(trainer, "is_fsdp_enabled", False) and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(_FSDP1)
     _complete_reference(regularizer, trainer)
     callback = EllaCallback(regularizer)
-    callback._attached = True
+    callback._attached, callback._through_loss = True, through_loss
     trainer.add_callback(callback)
     # Reporters run in order and copy the log: ours goes first.
     callbacks = trainer.callback_handler.callbacks
@@ -184,7 +208,43 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     # adapter is active: both need the past first, on this trainer.
     trainer._load_from_checkpoint = functools.partial(_load_checkpoint, trainer._load_from_checkpoint, regularizer)
     trainer._load_best_model = functools.partial(_load_best, trainer._load_best_model, regularizer, trainer)
+    if through_loss:
+        trainer.compute_loss = functools.partial(_compute_loss, trainer.compute_loss, callback, trainer)
+        trainer._prepare_for_training = functools.partial(_prepare, trainer._prepare_for_training, regularizer)
+        trainer._save = functools.partial(_save, trainer._save, regularizer)
     return callback
+
+
+def _compute_loss(
+    compute: Any, callback: EllaCallback, trainer: Trainer, model: nn.Module, inputs: Any,
+    return_outputs: bool = False, **kwargs: Any,
+) -> Any:  # fmt: skip
+    found = compute(model, inputs, return_outputs=return_outputs, **kwargs)
+    if not torch.is_grad_enabled() or trainer.model_wrapped is not model:
+        return found
+    loss, *outputs = found if return_outputs else (found,)
+    loss, value = with_penalty(loss, callback.regularizer, model, trainer.accelerator.sync_gradients)
+    if value is not None:
+        callback._note(value)
+    return (loss, *outputs) if return_outputs else loss
+
+
+def _prepare(prepare: Any, regularizer: EllaRegularizer, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
+    """DeepSpeed loads a checkpoint into the parameters that the engine was made with: the past must be there before."""
+    if checkpoint is not None:
+        _restore(regularizer, checkpoint)
+    return prepare(max_steps, loader, checkpoint)
+
+
+def _save(save: Any, regularizer: EllaRegularizer, folder: str | None = None, state_dict: dict | None = None) -> None:
+    """ZeRO-3 saves a PEFT model without frozen parameters: the finished tasks are gathered here, on every rank."""
+    knowledge = regularizer.config.adapter_name
+    if regularizer.adapter == TASK and state_dict:
+        held = {id(p) for layer in regularizer.layers for p in layer.all_parameters(knowledge)}
+        for name, parameter in regularizer.model.named_parameters():
+            if id(parameter) in held and is_partitioned(parameter):
+                state_dict[name] = whole(parameter).cpu()
+    save(folder, state_dict=state_dict)
 
 
 def _complete_reference(regularizer: EllaRegularizer, trainer: Trainer) -> None:
@@ -222,7 +282,7 @@ def _silence_copies(regularizer: EllaRegularizer) -> None:
 def _load_best(load: Any, regularizer: EllaRegularizer, trainer: Trainer) -> None:
     best = trainer.state.best_model_checkpoint
     _restore(regularizer, best)
-    if regularizer.adapter != TASK:
+    if regularizer.adapter != TASK or getattr(trainer, "is_fsdp_enabled", False) or trainer.is_deepspeed_enabled:
         load()
         return
     regularizer.model.load_adapter(str(Path(best) / TASK), TASK, is_trainable=True)
@@ -243,11 +303,14 @@ def _restore(regularizer: EllaRegularizer, checkpoint: str) -> None:
         )
 
 
-def refuse_unsupported(args: Any) -> None:
-    """ValueError for engines that keep gradients elsewhere than in ``p.grad``, where the penalty would be lost."""
-    for name, title in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
-        if getattr(args, name, None):
-            raise ValueError(
-                f"{title} keeps gradients apart from the parameters, where the penalty would be lost; this version "
-                f"supports single-process and DDP training, found TrainingArguments.{name}={getattr(args, name)!r}"
-            )
+def refuse_unsupported(args: Any, through_loss: bool = False) -> None:
+    """ValueError for engines in which the penalty would be lost; ``through_loss``: it is not written to ``.grad``."""
+    if getattr(args, "deepspeed", None) and not through_loss:
+        raise ValueError(
+            "DeepSpeed keeps gradients apart from the parameters, where the callback's would be lost: use "
+            "attach(trainer, regularizer) instead of passing EllaCallback"
+        )
+    if getattr(args, "fsdp", None):
+        config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+        if int(config.get("version", 2)) == 1 or config.get("xla"):
+            raise ValueError(_FSDP1)

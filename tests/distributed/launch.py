@@ -25,14 +25,16 @@ def run(world, cases, folder, timeout=240):
     """``{case: [result of rank 0, of rank 1, ...]}``; raises with the traceback of the rank that failed first."""
     folder.mkdir(parents=True)
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
+    if world > 1:
+        sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        environment |= sizes | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     processes = []
     for rank in range(world):
         with open(folder / f"log{rank}", "w") as log:
             command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.launch", str(folder), *cases]
-            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
             processes.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + timeout
     try:
@@ -57,7 +59,7 @@ def run(world, cases, folder, timeout=240):
 def main(folder, cases):
     from tests.conftest import poisoning
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group(

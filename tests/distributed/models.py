@@ -8,9 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from ella import EllaConfig, EllaRegularizer
+from ella.distributed import whole
 from tests.ella.models import randomise
 
-LR, CLIP, STEPS, BATCH = 1e-2, 0.5, 3, 8
+LR, EPS, CLIP, STEPS, BATCH = 1e-2, 1e-4, 0.5, 3, 8
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj", "lm_head"], "t5": ["q", "v", "wo", "lm_head"]}
 
 
@@ -32,7 +33,7 @@ def base(kind, layers=2):
         return LlamaForCausalLM(config)
     config = T5Config(
         vocab_size=70, d_model=32, d_kv=8, d_ff=52, num_layers=layers, num_heads=4, dropout_rate=0.0, pad_token_id=0,
-        decoder_start_token_id=0, initializer_factor=0.1, tie_word_embeddings=False, feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0, initializer_factor=0.3, tie_word_embeddings=False, feed_forward_proj="gated-gelu",
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
 
@@ -86,7 +87,7 @@ def full(tensor):
 def weights(reg):
     """The adapter in training, whole, by name."""
     return {
-        f"{layer.name}.{factor}": full(p.detach()).clone()
+        f"{layer.name}.{factor}": whole(p).clone()
         for layer in reg.layers
         for factor, p in zip("AB", layer.parameters(), strict=True)
     }

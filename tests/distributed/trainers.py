@@ -1,0 +1,80 @@
+"""Cases: the transformers Trainer under every engine."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from ella import attach
+from tests.distributed.models import BATCH, CLIP, EPS, LR, STEPS, adapted, batch, regularized, weights, world
+
+WRAPPED = {"llama": ["LlamaDecoderLayer"], "t5": ["T5Block"]}
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *_args, **_kwargs):
+        return SequentialSampler(self.train_dataset)
+
+
+def rows(kind, steps, first=0):
+    batches = [batch(kind, first + step) for step in range(steps)]
+    return [{key: value[i] for key, value in whole.items()} for whole in batches for i in range(BATCH)]
+
+
+def as_on_gpus():
+    """accelerate knows FSDP on accelerators only: its state is told that the CPUs are some."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def arguments(folder, kind, engine, accumulation, **options):
+    settings = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": BATCH // world(),
+        "learning_rate": LR, "adam_epsilon": EPS, "gradient_accumulation_steps": accumulation, "max_grad_norm": CLIP,
+        "lr_scheduler_type": "constant", "report_to": "none", "logging_steps": 1, "save_strategy": "no",
+        "use_cpu": not engine.startswith("zero") or world() == 1,
+        "disable_tqdm": True, "optim": "adamw_torch", "weight_decay": 0.0, "seed": 5,
+        "dataloader_pin_memory": False, "per_device_eval_batch_size": BATCH // world(),
+    } | options  # fmt: skip
+    if world() > 1 and engine == "fsdp2":
+        as_on_gpus()
+        settings["accelerator_config"] = {"use_configured_state": True}
+        config = {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED[kind]}
+        settings |= {"fsdp": True, "fsdp_config": config | settings.pop("fsdp_config", {})}
+    if world() > 1 and engine.startswith("zero"):
+        settings["deepspeed"] = {
+            "zero_optimization": {"stage": int(engine[-1])}, "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+        }  # fmt: skip
+    return TrainingArguments(**settings)
+
+
+def two_tasks(folder, kind, engine, accumulation, strength="1.0"):
+    """A trainer per task on one model, evaluated in between."""
+    torch.manual_seed(7)
+    model = adapted(kind)
+    reg = regularized(model, float(strength))
+    logs, n = [], int(accumulation)
+    for number, task in enumerate(("first", "second")):
+        options = {"eval_strategy": "steps", "eval_steps": 2}
+        data = rows(kind, STEPS * n, 100 * number)
+        trainer = InOrder(
+            model, arguments(folder, kind, engine, n, **options), train_dataset=data, eval_dataset=rows(kind, 1, 900)
+        )
+        attach(trainer, reg)
+        trainer.train()
+        assert world() == 1 or reg._spread() == {"fsdp2": "FSDP2", "zero2": "ZeRO", "zero3": "ZeRO-3"}.get(engine)
+        logs += [entry for entry in trainer.state.log_history if "loss" in entry]
+        trained, values = weights(reg), reg.values() if engine != "zero3" else None
+        torch.manual_seed(11)
+        reg.end_task(task)
+    reg.save_pretrained(folder / "state")
+    past = {name: held.parts[0].left @ held.parts[0].right for name, held in reg.state().layers.items()}
+    return {
+        "weights": trained, "fresh": weights(reg), "past": past, "values": values,
+        "steps": [(entry["ella_penalty"], float(entry["grad_norm"])) for entry in logs],
+    }  # fmt: skip
