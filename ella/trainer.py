@@ -208,9 +208,11 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     # adapter is active: both need the past first, on this trainer.
     trainer._load_from_checkpoint = functools.partial(_load_checkpoint, trainer._load_from_checkpoint, regularizer)
     trainer._load_best_model = functools.partial(_load_best, trainer._load_best_model, regularizer, trainer)
+    if through_loss or getattr(trainer, "is_fsdp_enabled", False):
+        prepare = trainer._prepare_for_training
+        trainer._prepare_for_training = functools.partial(_prepare, prepare, regularizer, trainer)
     if through_loss:
         trainer.compute_loss = functools.partial(_compute_loss, trainer.compute_loss, callback, trainer)
-        trainer._prepare_for_training = functools.partial(_prepare, trainer._prepare_for_training, regularizer)
         trainer._save = functools.partial(_save, trainer._save, regularizer)
     return callback
 
@@ -229,10 +231,15 @@ def _compute_loss(
     return (loss, *outputs) if return_outputs else loss
 
 
-def _prepare(prepare: Any, regularizer: EllaRegularizer, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
-    """DeepSpeed loads a checkpoint into the parameters that the engine was made with: the past must be there before."""
-    if checkpoint is not None:
+def _prepare(
+    prepare: Any, regularizer: EllaRegularizer, trainer: Trainer, max_steps: int, loader: Any, checkpoint: str | None
+) -> Any:
+    if checkpoint is not None and trainer.is_deepspeed_enabled:
+        # The checkpoint is loaded into the parameters that the engine is made with: the past must be there before.
         _restore(regularizer, checkpoint)
+    if trainer.is_fsdp_enabled and spread_by(regularizer.model, regularizer.layers) == "FSDP2":
+        # A later task's trainer: accelerate looks for the blocks to wrap under names that fully_shard has changed.
+        trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
     return prepare(max_steps, loader, checkpoint)
 
 

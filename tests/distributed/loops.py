@@ -46,7 +46,7 @@ def optimizer_of(model):
     return torch.optim.AdamW(trainable(model), lr=LR, eps=EPS)
 
 
-ENGINES = {"ddp": ddp, "fsdp2": fsdp2}
+ENGINES = {"alone": lambda model: model, "ddp": ddp, "fsdp2": fsdp2}
 
 
 def step(kind, number, model, wrapped, reg, optimizer, accumulation):
@@ -103,4 +103,5 @@ def two_tasks(folder, kind, engine, accumulation, strength="0.01", r="4"):
         "ranks": report.ranks,
         "tasks": reg.tasks,
         "logits": after,
+        "state": str(folder / "state"),
     }

@@ -1,0 +1,55 @@
+"""The cases of all tests here, run once per number of processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.launch import run
+
+KINDS, ACCUMULATIONS = ("llama", "t5"), ("1", "4")
+LOOPS, TRAINERS = ("ddp", "fsdp2"), ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def tasks(module, engines, strength="1.0", kinds=KINDS):
+    return [f"{module}:two_tasks:{k}:{e}:{n}:{strength}" for k in kinds for e in engines for n in ACCUMULATIONS]
+
+
+PENALTIES = [
+    "penalty=hadamard", "penalty=hadamard:past_rank=5", "penalty=hadamard:penalty_rank=2:normalize=rms",
+    "penalty=hadamard:reduction=mean:r=1", "penalty=spectral", "penalty=spectral:past_rank=3:r=1",
+]  # fmt: skip
+PENALTIES = [f"options:penalty_of:{settings}" for settings in PENALTIES]
+STEPS = [
+    "options:gathered_past", "options:every_kind", "options:offloaded", "options:checkpointed:False",
+    "options:checkpointed:True", "options:half", "options:evaluated", "options:unused:ddp", "options:unused:fsdp2",
+]  # fmt: skip
+COUNTS = ["options:collectives:4", "options:collectives:32"]
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """What one process gives, without a process group, and without the penalty."""
+    cases = [*PENALTIES, *STEPS, "options:hsdp"]
+    for module in ("loops", "trainers"):
+        cases += tasks(module, ["alone"]) + tasks(module, ["alone"], "0.0")
+    return run(1, cases, tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    cases = [*tasks("loops", LOOPS), *PENALTIES, *STEPS, *COUNTS, "options:work", "options:refusals", "options:exact"]
+    return run(2, cases, tmp_path_factory.mktemp("two") / "run")
+
+
+@pytest.fixture(scope="session")
+def two_trainers(tmp_path_factory):
+    return run(2, tasks("trainers", TRAINERS), tmp_path_factory.mktemp("trainers") / "run")
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory):
+    cases = [
+        *tasks("loops", LOOPS, kinds=["llama"]), *PENALTIES, "options:hsdp", "options:work",
+        "options:sharded_memory", *tasks("trainers", TRAINERS, kinds=["llama"]),
+    ]  # fmt: skip
+    return run(4, cases, tmp_path_factory.mktemp("four") / "run")
