@@ -35,9 +35,17 @@ def with_penalty(
     Returns:
         The loss to go on with, and ``λ · reduce(P)``, 0-dim, or None where nothing was added.
 
+    Raises ValueError for an engine that was used before the last ``end_task``.
+
     Under reentrant gradient checkpointing a factor's gradient would arrive twice, which DeepSpeed refuses: use
     ``gradient_checkpointing_kwargs={"use_reentrant": False}``.
     """
+    finished = tuple(regularizer.tasks)
+    if engine.__dict__.setdefault("_ella_tasks", finished) != finished:
+        raise ValueError(
+            f"this DeepSpeed engine was made before the task {finished[-1]!r} ended and would write the old weights "
+            "back over the fresh adapter: make a new engine (deepspeed.initialize, a new Trainer) for every task"
+        )
     if not (engine.is_gradient_accumulation_boundary() if is_last is None else is_last):
         return loss, None
     with gathered(regularizer.spread_parameters()):

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ella import attach
-from tests.distributed.models import BATCH, CLIP, EPS, LR, STEPS, adapted, batch, regularized, weights, world
+from tests.distributed.models import (
+    BATCH,
+    CLIP,
+    EPS,
+    LR,
+    STEPS,
+    adapted,
+    batch,
+    rank,
+    regularized,
+    weights,
+    with_past,
+    world,
+)  # fmt: skip
 
 WRAPPED = {"llama": ["LlamaDecoderLayer"], "t5": ["T5Block"]}
 
@@ -78,3 +93,32 @@ def two_tasks(folder, kind, engine, accumulation, strength="1.0"):
         "weights": trained, "fresh": weights(reg), "past": past, "values": values,
         "steps": [(entry["ella_penalty"], float(entry["grad_norm"])) for entry in logs],
     }  # fmt: skip
+
+
+class Dies(TrainerCallback):
+    """Rank 1 is killed after the third step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and rank() == 1:
+            os._exit(9)
+
+
+def resumable(folder, kind, engine, place, what):
+    """Four steps in the second task with checkpoints after two and four: unbroken, killed in between, resumed."""
+    if what == "resumed":
+        model = adapted(kind)
+        reg = regularized(model, 1.0)
+    else:
+        model, reg = with_past(kind, 1.0)
+    config = {}
+    if engine == "fsdp2-sharded":
+        engine, config = "fsdp2", {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **(config if world() > 1 else {})}
+    trainer = InOrder(model, arguments(place, kind, engine, 1, **options), train_dataset=rows(kind, 4))
+    attach(trainer, reg)
+    if what == "killed":
+        trainer.add_callback(Dies())
+    trainer.train(resume_from_checkpoint=f"{place}/checkpoint-2" if what == "resumed" else None)
+    logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "loss" in entry]
+    past = {name: held.parts[0].left @ held.parts[0].right for name, held in reg.state().layers.items()}
+    return {"weights": weights(reg), "past": past, "logged": logged, "tasks": reg.tasks}
