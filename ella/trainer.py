@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .acting import TASK
 from .checkpoint import PAST_FILE
-from .distributed import agreed_missing, is_partitioned, spread_by, whole
+from .distributed import agreed_missing, spread_by, whole
 from .knowledge import Marker
 from .lora import EmbeddingLayer
 from .regularizer import EllaRegularizer
@@ -246,11 +246,13 @@ def _prepare(
 def _save(save: Any, regularizer: EllaRegularizer, folder: str | None = None, state_dict: dict | None = None) -> None:
     """ZeRO-3 saves a PEFT model without frozen parameters: the finished tasks are gathered here, on every rank."""
     knowledge = regularizer.config.adapter_name
-    if regularizer.adapter == TASK and state_dict:
+    if regularizer.adapter == TASK and spread_by(regularizer.model, regularizer.layers) == "ZeRO-3":
         held = {id(p) for layer in regularizer.layers for p in layer.all_parameters(knowledge)}
         for name, parameter in regularizer.model.named_parameters():
-            if id(parameter) in held and is_partitioned(parameter):
-                state_dict[name] = whole(parameter).cpu()
+            if id(parameter) in held:
+                found = whole(parameter).cpu()
+                if state_dict is not None:  # the first rank's
+                    state_dict[name] = found
     save(folder, state_dict=state_dict)
 
 
