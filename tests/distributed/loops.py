@@ -9,7 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.models import (
     CLIP,
-    EPS,
     LR,
     STEPS,
     adapted,
@@ -42,8 +41,7 @@ def optimizer_of(model):
         # A forward without a backward leaves the root's parameters whole, and those are not for an optimizer.
         if isinstance(module, FSDPModule):
             module.reshard()
-    # A large eps: Adam would make differences in the last bit of tiny gradients visible.
-    return torch.optim.AdamW(trainable(model), lr=LR, eps=EPS)
+    return torch.optim.SGD(trainable(model), lr=LR)
 
 
 ENGINES = {"alone": lambda model: model, "ddp": ddp, "fsdp2": fsdp2}

@@ -14,7 +14,6 @@ from ella import attach
 from tests.distributed.models import (
     BATCH,
     CLIP,
-    EPS,
     LR,
     STEPS,
     adapted,
@@ -49,10 +48,10 @@ def as_on_gpus():
 def arguments(folder, kind, engine, accumulation, **options):
     settings = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": BATCH // world(),
-        "learning_rate": LR, "adam_epsilon": EPS, "gradient_accumulation_steps": accumulation, "max_grad_norm": CLIP,
+        "learning_rate": LR, "gradient_accumulation_steps": accumulation, "max_grad_norm": CLIP,
         "lr_scheduler_type": "constant", "report_to": "none", "logging_steps": 1, "save_strategy": "no",
         "use_cpu": not engine.startswith("zero") or world() == 1,
-        "disable_tqdm": True, "optim": "adamw_torch", "weight_decay": 0.0, "seed": 5,
+        "disable_tqdm": True, "optim": "sgd", "weight_decay": 0.0, "seed": 5,
         "dataloader_pin_memory": False, "per_device_eval_batch_size": BATCH // world(),
     } | options  # fmt: skip
     if world() > 1 and engine == "fsdp2":
