@@ -38,11 +38,11 @@ def rows(kind, steps, first=0):
     return [{key: value[i] for key, value in whole.items()} for whole in batches for i in range(BATCH)]
 
 
-def as_on_gpus():
-    """accelerate knows FSDP on accelerators only: its state is told that the CPUs are some."""
+def as_on_gpus(kind):
+    """accelerate runs these engines on accelerators only: its state is told that the CPUs are some."""
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState._shared_state["distributed_type"] = kind
 
 
 def arguments(folder, kind, engine, accumulation, **options):
@@ -55,11 +55,13 @@ def arguments(folder, kind, engine, accumulation, **options):
         "dataloader_pin_memory": False, "per_device_eval_batch_size": BATCH // world(),
     } | options  # fmt: skip
     if world() > 1 and engine == "fsdp2":
-        as_on_gpus()
+        as_on_gpus(DistributedType.MULTI_GPU)
         settings["accelerator_config"] = {"use_configured_state": True}
         config = {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED[kind]}
         settings |= {"fsdp": True, "fsdp_config": config | settings.pop("fsdp_config", {})}
     if world() > 1 and engine.startswith("zero"):
+        as_on_gpus(DistributedType.DEEPSPEED)
+        settings["accelerator_config"] = {"use_configured_state": True}
         settings["deepspeed"] = {
             "zero_optimization": {"stage": int(engine[-1])}, "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
