@@ -88,7 +88,7 @@ def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None
     if not apart:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(apart, modifier_rank=0 if write else None):
         yield

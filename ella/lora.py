@@ -249,12 +249,13 @@ class ExpertsLayer(AdaptedLayer):
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A module like ``module`` without parameters, hooks or what FSDP2 has put on it."""
+    """A module like ``module`` without parameters, hooks or what an engine has put on it."""
     cls: Any = next(cls for cls in type(module).__mro__ if cls in _SIZES)
     twin = cls.__new__(cls)
     nn.Module.__init__(twin)
-    own = {name: value for name, value in vars(module).items() if name not in vars(twin) and not name.startswith("__")}
-    vars(twin).update(own)
+    # What the class itself sets; engines note theirs on the module too.
+    names = {*cls.__constants__, "transposed", "_reversed_padding_repeated_twice"}
+    vars(twin).update({name: value for name, value in vars(module).items() if name in names})
     for name in ("weight", "bias"):
         twin.register_parameter(name, None)
     made: nn.Module = twin

@@ -150,6 +150,7 @@ class EllaRegularizer:
 
     def spread_parameters(self) -> list[nn.Parameter]:
         """The parameters that :meth:`gradients` reads, as they lie."""
+        self._spread(training=True)
         past = self._finished.past
         stored = [p for layer in self._penalised for p in past.stored_in(layer) if isinstance(p, nn.Parameter)]
         return [*(p for layer in self._penalised for p in layer.parameters()), *stored]

@@ -225,6 +225,7 @@ def _compute_loss(
     if not torch.is_grad_enabled() or trainer.model_wrapped is not model:
         return found
     loss, *outputs = found if return_outputs else (found,)
+    callback.regularizer.__dict__["_engine"] = model
     loss, value = with_penalty(loss, callback.regularizer, model, trainer.accelerator.sync_gradients)
     if value is not None:
         callback._note(value)
@@ -234,9 +235,14 @@ def _compute_loss(
 def _prepare(
     prepare: Any, regularizer: EllaRegularizer, trainer: Trainer, max_steps: int, loader: Any, checkpoint: str | None
 ) -> Any:
-    if checkpoint is not None and trainer.is_deepspeed_enabled:
-        # The checkpoint is loaded into the parameters that the engine is made with: the past must be there before.
-        _restore(regularizer, checkpoint)
+    if trainer.is_deepspeed_enabled:
+        # The last task's engine would go on taking gradients off the parameters.
+        engine = regularizer.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.destroy()
+        if checkpoint is not None:
+            # It is loaded into the parameters that the engine is made with: the past must be there before.
+            _restore(regularizer, checkpoint)
     if trainer.is_fsdp_enabled and spread_by(regularizer.model, regularizer.layers) == "FSDP2":
         # A later task's trainer: accelerate looks for the blocks to wrap under names that fully_shard has changed.
         trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
