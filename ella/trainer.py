@@ -238,6 +238,12 @@ def _prepare(
     if trainer.is_deepspeed_enabled:
         # The last task's engine would go on taking gradients off the parameters.
         engine = regularizer.__dict__.pop("_engine", None)
+        if engine is not None and spread_by(regularizer.model, regularizer.layers) == "ZeRO-3":
+            raise ValueError(
+                "under ZeRO-3 a model is for one trainer: a second DeepSpeed engine does not follow the adapter of the "
+                "finished tasks. Save after end_task (regularizer.save_pretrained(folder)) and go on with a fresh "
+                "model: EllaRegularizer.from_pretrained(model, folder)"
+            )
         if engine is not None:
             engine.destroy()
         if checkpoint is not None:

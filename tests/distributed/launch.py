@@ -74,7 +74,7 @@ def main(folder, cases):
     with poisoning():
         for case in cases:
             module, function, *arguments = case.split(":")
-            place = Path(folder) / case.replace(":", "-")
+            place = Path(folder) / case.replace(":", "-").replace("/", "-")
             place.mkdir(exist_ok=True)
             began = time.monotonic()
             results[case] = getattr(importlib.import_module(f"tests.distributed.{module}"), function)(place, *arguments)
