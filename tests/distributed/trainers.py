@@ -129,7 +129,9 @@ def resumable(folder, kind, engine, place, what):
     config = {}
     if engine == "fsdp2-sharded":
         engine, config = "fsdp2", {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **(config if world() > 1 else {})}
+    # With a state to save, unlike plain gradient descent.
+    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 4}
+    options |= {"save_strategy": "steps", "save_steps": 2, **(config if world() > 1 else {})}
     trainer = InOrder(model, arguments(place, kind, engine, 1, **options), train_dataset=rows(kind, 4))
     attach(trainer, reg)
     if what == "killed":
