@@ -66,6 +66,8 @@ def storage_of(parameter: Tensor) -> int | None:
     """
     if is_spread(parameter):
         return -id(parameter)
+    if parameter.is_meta and parameter.numel():
+        return parameter.untyped_storage()._cdata
     return parameter.data_ptr() if parameter.numel() else None
 
 

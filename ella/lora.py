@@ -330,11 +330,6 @@ def adapted_layers(
     return found
 
 
-def _storage(parameter: Tensor) -> int:
-    """What parameters that share memory have in common."""
-    return parameter.untyped_storage()._cdata if parameter.is_meta else parameter.data_ptr()
-
-
 def _lora_layers(model: PeftModel, adapter: str) -> Iterator[AdaptedLayer]:
     inside_attention: set[int] = set()
     for path, module in model.base_model.model.named_modules():

@@ -51,8 +51,8 @@ def hadamard_penalty(
         algorithm: "gram", "stream", "dense" or "auto" (by cost). A dense past takes "auto", "dense" or "stream".
         backend: "torch", "triton" or "auto".
         precision: matrix products of the Triton kernels: "ieee" exact fp32, and float64 where that is as fast; "tf32";
-            or "auto", each from up to three tf32 or bf16 products on NVIDIA (relative error 1e-5, at most 1e-3 where
-            terms cancel) and exact fp32 elsewhere. torch follows its own settings.
+            or "auto", each from up to three tf32 or bf16 products on NVIDIA (relative error 1e-5, up to 5e-3 where
+            terms cancel 4e5-fold) and exact fp32 elsewhere. torch follows its own settings.
 
     Returns:
         0-dim tensor, differentiable once in ``lora_A`` and ``lora_B``, backwards or forwards, by ``torch.func`` too.

@@ -27,13 +27,13 @@ class Size(NamedTuple):
         return 0 in (self.out, self.in_, self.r) or (self.k == 0 and not self.energy)
 
 
-def work_bytes(sizes: Iterable[Size], target: str, penalty: str = "hadamard") -> int:
+def work_bytes(sizes: Iterable[Size], target: str, penalty: str = "hadamard", algorithm: str = "auto") -> int:
     """Most bytes of work memory that one call with float32 operands holds at once, its device tables included.
 
     Args:
         sizes: the layers, in the order of the call.
         target: what the kernels are compiled for, "sm_90" or "gfx942", or "cpu" for Triton's interpreter.
-        penalty: "hadamard" or "spectral".
+        penalty: "hadamard" or "spectral". algorithm: of the Hadamard penalty; "auto" is the one chosen for the target.
 
     Raises:
         ImportError: Triton is not installed.
@@ -43,12 +43,14 @@ def work_bytes(sizes: Iterable[Size], target: str, penalty: str = "hadamard") ->
     for size in sizes:
         if size.is_zero:
             continue
-        algorithm = "spectral" if penalty == "spectral" else select_algorithm(*size[:4], device=target)
-        reason = no_kernel(algorithm, size.r, size.k)
+        chosen = "spectral" if penalty == "spectral" else algorithm
+        if chosen == "auto":
+            chosen = select_algorithm(*size[:4], device=target)
+        reason = no_kernel(chosen, size.r, size.k)
         if reason is not None:
             raise ValueError(f"a layer of {size}: {reason}")
-        classes.setdefault((algorithm, size.r, size.k, size.energy), []).append(size)
-    found = [_of_class(algorithm, alike, target) for (algorithm, *_), alike in classes.items()]
+        classes.setdefault((chosen, size.r, size.k, size.energy), []).append(size)
+    found = [_of_class(chosen, alike, target) for (chosen, *_), alike in classes.items()]
     # Tables stay, work memory is given back before the next launch.
     return sum(tables for tables, _ in found) + max((work for _, work in found), default=0)
 

@@ -12,15 +12,14 @@ from itertools import accumulate
 
 from ella.config import EllaConfig
 from ella.linear_layers import ALIGNMENT
+from ella.terms import KEPT
 from ella_kernels.workspace import Size, work_bytes
 
 from .shapes import Layer, ModelShapes, Weight
 
-__all__ = ["ENGINES", "KEPT", "Memory", "Ranks", "is_kept", "memory", "penalty_sizes", "ranks_of", "whole_bytes"]
+__all__ = ["ENGINES", "Memory", "Ranks", "is_kept", "memory", "penalty_sizes", "ranks_of", "whole_bytes"]
 
 ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
-# What a rank would have to hold whole of a past that is spread over ranks: beyond this it is gathered in every step.
-KEPT = 2**28
 # AdamW: two moments of the parameters' dtype. DeepSpeed keeps a float32 copy of its part of the parameters besides.
 _MOMENTS = 2
 # As recipes/deepspeed sets them: elements of DeepSpeed's buffer of gradients, and from how many on ZeRO-3 splits one.
@@ -199,7 +198,7 @@ def is_kept(layers: Sequence[Layer], ranks: Sequence[Ranks], engine: str) -> boo
     pairs = zip(layers, ranks, strict=True)
     if engine == "zero3":
         return 4 * sum(layer.parts * (layer.out + layer.in_) * own.used for layer, own in pairs) <= KEPT
-    return 4 * sum(layer.parts * layer.in_ * own.stored for layer, own in pairs) <= KEPT
+    return 4 * sum(layer.parts * layer.in_ * own.used for layer, own in pairs) <= KEPT
 
 
 def _copies(shapes: ModelShapes, ranks: Sequence[Ranks], ella: EllaConfig, engine: str, spread: int) -> int:

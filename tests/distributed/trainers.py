@@ -9,6 +9,7 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ella import EllaRegularizer, attach
 from tests.distributed.models import (
@@ -43,6 +44,12 @@ def as_on_gpus(kind):
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = kind
+
+
+def forget_the_last_engine():
+    """What accelerate and transformers remember of it, in a process that runs one case after another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
 
 
 def arguments(folder, kind, engine, accumulation, **options):
@@ -84,6 +91,7 @@ def in_a_fresh_model(kind, reg, folder):
 
 def two_tasks(folder, kind, engine, accumulation, strength="1.0"):
     """A trainer per task on one model, evaluated in between."""
+    forget_the_last_engine()
     torch.manual_seed(7)
     model = adapted(kind)
     reg = regularized(model, float(strength))
@@ -121,6 +129,7 @@ class Dies(TrainerCallback):
 
 def resumable(folder, kind, engine, place, what):
     """Four steps in the second task with checkpoints after two and four: unbroken, killed in between, resumed."""
+    forget_the_last_engine()
     if what == "resumed":
         model = adapted(kind)
         reg = regularized(model, 1.0)

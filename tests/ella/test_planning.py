@@ -16,10 +16,11 @@ from bench import plan_check, plan_table
 from ella import EllaConfig, EllaRegularizer
 from ella.cli import main
 from ella.planning import GPUS, PRESETS, Gpu, make_plan, model_shapes
-from ella.planning.memory import KEPT, memory, penalty_sizes, ranks_of
+from ella.planning.memory import memory, penalty_sizes, ranks_of
 from ella.planning.plan import with_results
 from ella.planning.shapes import load_config
 from ella.planning.work import operations
+from ella.terms import KEPT
 from ella_kernels.layer import Layer
 from ella_kernels.torch_backend.gram import hadamard_gram
 from ella_kernels.workspace import Size, work_bytes
