@@ -14,6 +14,11 @@ def tasks(module, engines, strength="1.0", kinds=KINDS):
     return [f"{module}:two_tasks:{k}:{e}:{n}:{strength}" for k in kinds for e in engines for n in ACCUMULATIONS]
 
 
+def trainers(kind):
+    """Engines of the Trainer. accelerate gives T5's tied embeddings to two FSDP2 groups, which torch refuses."""
+    return [engine for engine in TRAINERS if (kind, engine) != ("t5", "fsdp2")]
+
+
 PENALTIES = [
     "penalty=hadamard", "penalty=hadamard:past_rank=5", "penalty=hadamard:penalty_rank=2:normalize=rms",
     "penalty=hadamard:reduction=mean:r=1", "penalty=spectral", "penalty=spectral:past_rank=3:r=1",
@@ -43,7 +48,8 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_trainers(tmp_path_factory):
-    return run(2, tasks("trainers", TRAINERS), tmp_path_factory.mktemp("trainers") / "run")
+    cases = [case for kind in KINDS for case in tasks("trainers", trainers(kind), kinds=[kind])]
+    return run(2, cases, tmp_path_factory.mktemp("trainers") / "run")
 
 
 @pytest.fixture(scope="session")

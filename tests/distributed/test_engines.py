@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.conftest import ACCUMULATIONS, KINDS, LOOPS, TRAINERS
+from tests.distributed.conftest import ACCUMULATIONS, KINDS, LOOPS, trainers
 from tests.distributed.models import STEPS, difference
 
 AT_FOUR = [(kind, n, "four") for kind in ["llama"] for n in ACCUMULATIONS]
@@ -30,9 +30,10 @@ def test_a_bare_loop_equals_one_process(alone, engine, kind, accumulation, ranks
 
 
 @pytest.mark.parametrize(
-    "kind, accumulation, ranks", [(k, n, "two_trainers") for k in KINDS for n in ACCUMULATIONS] + AT_FOUR
-)
-@pytest.mark.parametrize("engine", TRAINERS)
+    "kind, accumulation, ranks, engine",
+    [(*case, engine) for case in [(k, n, "two_trainers") for k in KINDS for n in ACCUMULATIONS] + AT_FOUR
+     for engine in trainers(case[0])],
+)  # fmt: skip
 def test_a_trainer_equals_one_process(alone, engine, kind, accumulation, ranks, request):
     """With an evaluation in the middle of each task, and clipping."""
     (wanted,), (without,) = (alone[f"trainers:two_tasks:{kind}:alone:{accumulation}:{s}"] for s in ("1.0", "0.0"))

@@ -50,6 +50,8 @@ def forget_the_last_engine():
     """What accelerate and transformers remember of it, in a process that runs one case after another."""
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
 
 
 def arguments(folder, kind, engine, accumulation, **options):
@@ -59,6 +61,8 @@ def arguments(folder, kind, engine, accumulation, **options):
         "lr_scheduler_type": "constant", "report_to": "none", "logging_steps": 1, "save_strategy": "no",
         "use_cpu": not engine.startswith("zero") or world() == 1,
         "disable_tqdm": True, "optim": "sgd", "weight_decay": 0.0, "seed": 5,
+        # Else the loss of a model that takes no token count, as T5, is multiplied by the number of processes.
+        "average_tokens_across_devices": False,
         "dataloader_pin_memory": False, "per_device_eval_batch_size": BATCH // world(),
     } | options  # fmt: skip
     if world() > 1 and engine == "fsdp2":
