@@ -194,7 +194,7 @@ class Model:
     def penalty(self) -> dict[str, int]:
         """What the penalty holds beside the stored past, and on the CPU."""
         past = self.reg._finished.past
-        terms = self.reg._operands(training=True).terms
+        terms = self.reg._operands().terms
         used = [t for term in terms if term.past is not None for t in term.past]
         stored = {t.untyped_storage().data_ptr() for layer in self.reg.layers
                   for pair in past.factors(layer) or () for t in pair}  # fmt: skip
@@ -210,7 +210,7 @@ class Model:
 
         from .measure import peak_bytes
 
-        operands = self.reg._operands(training=True)
+        operands = self.reg._operands()
         factors = [layer.factors(*(p.detach().float() for p in layer.parameters())) for layer in self.reg.layers]
         pairs = [factors[term.layer][term.part] for term in operands.terms]
         a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
