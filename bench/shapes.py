@@ -7,27 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ella_kernels.workspace import Size
+
 __all__ = ["LAYER_CASES", "MODELS", "MODEL_CASES", "TARGETS", "Case", "Size", "layers_of", "model_case"]
 
 TARGETS = ("qv", "attention", "all")
-
-
-class Size(NamedTuple):
-    """One LoRA layer: weight ``(out, in)``, LoRA rank ``r``, ``k`` components of the past, with energies or not."""
-
-    out: int
-    in_: int
-    r: int
-    k: int
-    energy: bool = False
-
-    @property
-    def weight(self) -> int:
-        """Elements of the weight."""
-        return self.out * self.in_
-
-    def __str__(self) -> str:
-        return f"{self.out}x{self.in_} r{self.r} k{self.k}" + (" +energy" if self.energy else "")
 
 
 class Linear(NamedTuple):

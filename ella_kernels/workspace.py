@@ -23,6 +23,14 @@ class Size(NamedTuple):
     energy: bool = False
 
     @property
+    def weight(self) -> int:
+        """Elements of the weight."""
+        return self.out * self.in_
+
+    def __str__(self) -> str:
+        return f"{self.out}x{self.in_} r{self.r} k{self.k}" + (" +energy" if self.energy else "")
+
+    @property
     def is_zero(self) -> bool:
         return 0 in (self.out, self.in_, self.r) or (self.k == 0 and not self.energy)
 
