@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from .lora import AdaptedLayer
 
 __all__ = [
-    "SPREAD", "Rows", "agree", "agreed_missing", "gathered", "is_partitioned", "is_sharded", "is_spread", "is_writer",
+    "SPREAD", "Rows", "agree", "agreed_missing", "any_partitioned", "gathered",
+    "is_partitioned", "is_sharded", "is_spread", "is_writer",
     "owners", "refuse_tensor_parallel", "shape_of", "spread_by", "storage_of", "wait_for_all", "whole",
 ]  # fmt: skip
 
@@ -46,6 +48,11 @@ def is_sharded(parameter: object) -> bool:
 def is_partitioned(parameter: object) -> bool:
     """Whether DeepSpeed's ZeRO-3 spreads a parameter over ranks."""
     return hasattr(parameter, "ds_status")
+
+
+def any_partitioned(parameters: Iterable[object]) -> bool:
+    """Whether :func:`is_partitioned` is true of one of ``parameters``, by a loop in C: it is asked in every step."""
+    return any(map(hasattr, parameters, repeat("ds_status")))
 
 
 def is_spread(parameter: object) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 import ella_kernels as ek
 
 from .config import EllaConfig
-from .distributed import is_partitioned
+from .distributed import any_partitioned
 from .linear_layers import LinearLayers
 from .lora import AdaptedLayer
 from .past import Past, add_energies
@@ -59,7 +59,7 @@ class Terms:
         if factors is None:
             parts = [past.factors(layer) or () for layer in self.layers]
             factors = [factor for part in parts for pair in part for factor in pair]
-        if any(map(is_partitioned, factors)):
+        if any_partitioned(factors):
             return self._of_partitioned(past, factors)
         key = (
             self._linear.scalings(self.layers[0].adapter) or tuple(layer.scaling() for layer in self.layers),
