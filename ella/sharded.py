@@ -148,9 +148,9 @@ class ShardedPenalty:
 
     def _localised(self, rows: Rows, past: Past) -> list[_LocalTerm]:
         """This rank's part of all terms; one layer at a time is whole, but for ``right`` factors that are kept."""
-        most = self._whole_terms.config.penalty_rank
-        ranks = [min(past.rank(layer), past.rank(layer) if most is None else most) for layer in self.layers]
-        size = sum(4 * layer.n_parts * layer.shape[1] * k for layer, k in zip(self.layers, ranks, strict=True))
+        cap = self._whole_terms.config.penalty_rank
+        most: float = math.inf if cap is None else cap
+        size = sum(4 * layer.n_parts * layer.shape[1] * min(past.rank(layer), most) for layer in self.layers)
         found = []
         for index, layer in enumerate(self.layers):
             for term in self._whole_terms.of_layer(past, index):

@@ -58,8 +58,9 @@ class Cost(NamedTuple):
     launch: float = 0.0
 
 
-# "cpu" is measured. The GPU rows follow from the instructions counted in the compiled loops and published rates per
-# multiprocessor, not yet measured on a GPU; both are in bench/NOTES.md. A device not listed takes the default row.
+# "cpu" is fitted to timings of two busy cores. The GPU rows follow from the instructions counted in the compiled loops
+# and published rates per multiprocessor, not yet measured on a GPU; both are in bench/NOTES.md. A device not listed
+# takes the default row.
 COSTS = {
     "cpu": Cost(gram=1.6, pair=16.0, tile=45.0, launch=2e6),
     "sm_80": Cost(gram=2.5, pair=0.0, tile=12.0, builds=2, past=0.9),

@@ -92,23 +92,26 @@ class Plan:
         choice, moved_by = self._memory.find(found)
         if choice is None:
             with torch.no_grad():
-                return self._first_call(found, lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight)
-        check_weight(weight)
-        if choice.prepared is not None:
-            values = choice.prepared.run(weight, moved_by)
+                prepared = self._first_call(found, lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight)
+            if isinstance(prepared, Tensor):
+                return prepared
         else:
-            layers = map(_layer, lora_As, lora_Bs, pasts, scalings, choice.algorithms, grads_A, grads_B)
-            # As inside the registered op, whose way through the dispatcher takes longer than small layers do.
-            with torch._C._AutoDispatchBelowAutograd():
-                values = prepare(list(layers), choice.backend, self._options[2]).run(weight)
+            check_weight(weight)
+            prepared = choice.prepared
+            if prepared is None:
+                layers = map(_layer, lora_As, lora_Bs, pasts, scalings, choice.algorithms, grads_A, grads_B)
+                prepared = prepare(list(layers), choice.backend, self._options[2])
+        # As inside the registered op, whose way through the dispatcher takes longer than small layers do.
+        with torch._C._AutoDispatchBelowAutograd():
+            values = prepared.run(weight, moved_by)
         # Autograd saw nothing of it; around the registered op the dispatcher tells it.
         torch.autograd.graph.increment_version([*grads_A, *grads_B])
         return values
 
     def _first_call(
         self, found: Signature | None, lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight
-    ) -> Tensor:  # fmt: skip
-        """All checks, then the registered op, or for a call with a signature its kernels, which are kept."""
+    ) -> Prepared | Tensor:  # fmt: skip
+        """All checks; what is to run, remembered, or the values of a call without a signature, by the registered op."""
         algorithm, backend, precision = self._options
         of_step = None
         if not are_constants(scalings):
@@ -125,16 +128,10 @@ class Plan:
             return _add_scaled(layers, recorded(of_step, device), weight, backend, precision)
         if found is None or is_converted(pasts, algorithm):
             return ops.add_grads_(layers, weight, backend, precision)
-        # torch's own operators are left to the op: below the dispatcher they are cheaper.
-        prepared = None if backend == "torch" else prepare(layers, backend, precision)
-        if prepared is not None and prepared.holds_operands:
-            prepared = None
-        self._memory.add(found, _Choice([layer.algorithm for layer in layers], backend, prepared))
-        if prepared is None:
-            return ops.add_grads_(layers, weight, backend, precision)
-        values = prepared.run(weight)
-        torch.autograd.graph.increment_version([*grads_A, *grads_B])
-        return values
+        prepared = prepare(layers, backend, precision)
+        again = None if prepared.holds_operands else prepared
+        self._memory.add(found, _Choice([layer.algorithm for layer in layers], backend, again))
+        return prepared
 
 
 def _layer(lora_A, lora_B, past, scaling, algorithm, grad_A, grad_B) -> Layer:

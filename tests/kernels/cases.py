@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ella_kernels as ek
 
@@ -124,18 +123,3 @@ class Allocations:
         for event in sorted(events, key=lambda event: event.start_ns()):
             alive += event.nbytes()
             self.peak, self.largest = max(self.peak, alive), max(self.largest, event.nbytes())
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operation inside it returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result

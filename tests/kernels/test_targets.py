@@ -13,7 +13,7 @@ OUT, IN, R, K, N = 9, 12, 3, 4, 2
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
+def forgotten():
     functional._MEMORY.clear()
 
 

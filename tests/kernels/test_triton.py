@@ -15,7 +15,7 @@ from ella_kernels.triton_backend import gram, kernels, schedule
 from tests.kernels.cases import (
     BOUND,
     SHAPES,
-    LargestTensor,
+    Allocations,
     cast,
     exact,
     factors,
@@ -300,9 +300,8 @@ def test_nothing_weight_sized_is_allocated(algorithm):
     a, b, past = factors(384, 512, 8, 8)
     dense = past.left @ past.right if algorithm == "dense" else past
     grads = [torch.zeros_like(a)], [torch.zeros_like(b)]
-    with LargestTensor() as largest:
-        add_([a], [b], [dense], [1.0], *grads, algorithm)
-    assert 0 < largest.elements < a.shape[1] * b.shape[0]
+    found = Allocations(lambda: add_([a], [b], [dense], [1.0], *grads, algorithm))
+    assert 0 < found.largest < a.element_size() * a.shape[1] * b.shape[0]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
