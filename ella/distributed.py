@@ -113,7 +113,7 @@ def spread_by(model: nn.Module, layers: Sequence[AdaptedLayer]) -> str | None:
     if not is_running():
         return None
     parameters = [p for layer in layers for p in layer.parameters()]
-    if any(map(is_partitioned, parameters)):
+    if any_partitioned(parameters):
         return "ZeRO-3"
     if any(hasattr(p, "_hp_mapping") for p in parameters):
         return "ZeRO"

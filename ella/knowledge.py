@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .acting import TASK, PreviousModule, act_together, release
 from .checkpoint import StoredLayer
 from .distributed import SPREAD, spread_by
-from .fsdp import manage
+from .fsdp import manage, managed
 from .lora import AdaptedLayer, AttentionLayer, ExpertsLayer, adapted_layers
 from .merging import shared_weights
 from .past import Past
@@ -177,7 +177,7 @@ def install(
     ranks = peft_ranks(layers, {name: layer.rank for name, layer in stored.items()})
     for layer in layers:
         kept = stored[layer.name]
-        before = layer.slots(knowledge) if layer.has(knowledge) else []
+        before = managed(layer, knowledge)
         layer.write(knowledge, kept.factors(), kept.bias)
         if engine == "FSDP2":
             manage(model, layer, knowledge, before)
