@@ -78,6 +78,7 @@ def spectral_penalty(
     ``past.left`` and ``past.right`` must split the SVD evenly (:func:`truncate` does); energies do not enter. A dense
     past is decomposed on every call, which is slow: ``truncate`` it once instead.
 
+    >>> from ella_kernels import LowRank
     >>> past = LowRank(torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0, 0.0]]))
     >>> spectral_penalty(torch.ones(1, 2), torch.ones(2, 1), past).item()
     4.0
