@@ -15,7 +15,7 @@ REPORTS = (
     ("CL_Benchmark: dbpedia, amazon, agnews, MNLI, 1000 training examples each", "continual_benchmark.json"),
     ("Docstrings of the standard library, transformers, torch and numpy", "continual_docstrings.json"),
 )
-TITLES = {"one": "one LoRA trained on", "fresh": "fresh LoRA per task", "ella": "ELLA"}
+TITLES = {"one": "SeqLoRA", "fresh": "IncLoRA", "ella": "ELLA"}
 
 
 def section(folder: Path) -> str:

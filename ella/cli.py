@@ -54,7 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 400)")
     demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 160)")
     demo.add_argument("--ella-lambda", type=float, metavar="X", help="strength of the penalty")
-    demo.add_argument("--arms", type=_names, default=("one", "fresh", "ella"), help="of one,fresh,ella,alone")
+    demo.add_argument(
+        "--arms",
+        type=_names,
+        default=("seqlora", "inclora", "ella"),
+        help="see docs/continual.md (default seqlora,inclora,ella)",
+    )
     demo.add_argument("--resume", action="store_true", help="continue an interrupted demo in --out")
     demo.set_defaults(command=_demo)
 

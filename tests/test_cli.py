@@ -85,14 +85,14 @@ def test_demo_on_docstrings(cli, tmp_path):
     status, out, err = cli("demo", "--out", out_dir, *SMALL)
     assert (status, err) == (0, "")
     tasks = ("python", "transformers", "torch", "numpy")
-    data = assert_report(out_dir, ("one", "fresh", "ella"), tasks)
+    data = assert_report(out_dir, ("seqlora", "inclora", "ella"), tasks)
     for run in data["runs"]:
         assert [task["steps"] for task in run["tasks"]] == [1] * 4
     ella = data["arms"]["ella"]
     assert 0 < ella["penalty_share"] < 1 and 0 < ella["state_bytes"] < ella["dense_bytes"]
     assert ella["layers"] == 12 and ella["dense_bytes"] == 12 * 4 * 384 * 384
     # Three matrices, OA and BWT, the share of the step and the two sizes.
-    for title in ("one LoRA trained on\n", "fresh LoRA per task\n", "ELLA\n", "OA", "BWT", "dense float32"):
+    for title in ("SeqLoRA\n", "IncLoRA\n", "ELLA\n", "OA", "BWT", "dense float32"):
         assert title in out, title
     assert re.search(r"the penalty takes \d+\.\d % of a \d+ ms step", out)
     assert out.count("after transformers") == 3 and str(out_dir / "report.html") in out
@@ -105,13 +105,13 @@ def test_demo_on_a_benchmark_folder(cli, tmp_path):
     status, _, err = cli("demo", *options)
     assert (status, err) == (0, "")
     names = ("dbpedia", "amazon", "agnews", "MNLI")
-    first = assert_report(out_dir, ("one", "fresh", "ella"), names)
+    first = assert_report(out_dir, ("seqlora", "inclora", "ella"), names)
     assert "dbpedia, amazon, agnews, mnli" in first["notes"]["data"]
 
     # --resume takes finished runs as they are; without it they are run again.
     status, _, _ = cli("demo", *options, "--resume", "--arms", "one,fresh,ella,alone")
     assert status == 0
-    resumed = assert_report(out_dir, ("one", "fresh", "ella", "alone"), names)
+    resumed = assert_report(out_dir, ("seqlora", "inclora", "ella", "alone"), names)
     assert [r["tasks"] for r in resumed["runs"][:3]] == [r["tasks"] for r in first["runs"]]
     status, _, err = cli("demo", *options, "--resume", "--ella-lambda", "7")
     assert status == 1 and f"config.ella.ella_lambda was {DEMO_LAMBDA}, now 7.0" in err
@@ -130,7 +130,7 @@ def test_demo_on_a_benchmark_folder(cli, tmp_path):
     [
         (("--order", "a,b"), "--order names tasks of a benchmark folder; give it with --data DIR"),
         (("--data", "gone"), "no benchmark folder at gone"),
-        (("--arms", "one,ewc"), "unknown arms ['ewc']; expected some of ['one', 'fresh', 'ella', 'alone']"),
+        (("--arms", "seqlora,swim"), "arm is 'swim'; expected one of ['seqlora', 'inclora', 'ella'"),
         (("--arms", "one,one"), "arms must be at least one and distinct"),
         (("--seeds", "1,1"), "seeds must be at least one and distinct"),
         (("--ella-lambda", "-1"), "ella_lambda must be finite and at least 0, found -1.0"),
@@ -182,7 +182,7 @@ def test_run_inspect_and_run_again(cli, stream):
     status, out, err = cli("run", stream, "--quiet", "--threads", "1")
     assert (status, err) == (0, "")
     folder = stream.parent / "elsewhere" / "from_file"
-    first = assert_report(folder, ("fresh", "ella"), ("amazon", "agnews"))
+    first = assert_report(folder, ("inclora", "ella"), ("amazon", "agnews"))
     assert first["title"] == "Small" and first["notes"]["model"] == "bert"
     assert f"report: {folder.name}" in out
 
@@ -194,7 +194,7 @@ def test_run_inspect_and_run_again(cli, stream):
     assert status == 0 and one.strip() in out
 
     status, _, _ = cli("run", stream, "--quiet")
-    again = assert_report(folder, ("fresh", "ella"), ("amazon", "agnews"))
+    again = assert_report(folder, ("inclora", "ella"), ("amazon", "agnews"))
     assert status == 0 and again["runs"] == first["runs"]
 
     stream.write_text(STREAM.replace("learning_rate: 1e-2", "learning_rate: 2e-2"))

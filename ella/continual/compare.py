@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .arms import arm_class
 from .models import TextClassifier
-from .report import ARM_TITLES, environment, format_bytes, format_matrix, summarise, write_report
+from .report import environment, format_bytes, format_matrix, summarise, title_of, write_report
 from .running import one_run
 from .state import StreamState
-from .stream import ARMS, StreamConfig, StreamResult, run_stream
+from .stream import StreamConfig, StreamResult, run_stream
 from .tasks import Task
 
 __all__ = ["check_arms", "compare_arms", "run_folder"]
@@ -86,7 +87,7 @@ def _compare(
             untrained = result.matrix.untrained
             of_seed.append(result)
             clock = time.perf_counter() - started
-            echo(f"[{clock:4.0f} s] {ARM_TITLES[arm]}, seed {seed}: {_scores(result)}")
+            echo(f"[{clock:4.0f} s] {title_of(arm)}, seed {seed}: {_scores(result)}")
         alone = next((r for r in of_seed if r.arm == "alone"), None)
         if alone is not None:
             scores = [row[j] for j, row in enumerate(alone.matrix.rows)]
@@ -107,9 +108,8 @@ def run_folder(out_dir: str | Path, arm: str, seed: int) -> Path:
 
 def check_arms(arms: Sequence[str], seeds: Sequence[int]) -> None:
     """Raises ValueError for no, unknown or repeated arms, and for no or repeated seeds."""
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown:
-        raise ValueError(f"unknown arms {unknown}; expected some of {list(ARMS)}")
+    for arm in arms:
+        arm_class(arm)
     for name, values in (("arms", arms), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise ValueError(f"{name} must be at least one and distinct, found {list(values)}")
@@ -127,14 +127,14 @@ def _scores(result: StreamResult) -> str:
 def render_text(results: Sequence[StreamResult]) -> str:
     """The matrices and the summary of all arms as text for a terminal."""
     summary = summarise(results)
-    blocks = [f"{ARM_TITLES[arm]}\n{format_matrix(s['matrix'])}\n" for arm, s in summary.items() if arm != "alone"]
+    blocks = [f"{title_of(arm)}\n{format_matrix(s['matrix'])}\n" for arm, s in summary.items() if arm != "alone"]
     if not blocks:
         return ""
     lines = [f"{'':24}{'OA':>8}{'BWT':>8}{'FWT*':>8}{'FWT**':>8}"]
     for arm, s in summary.items():
         if arm != "alone":
             cells = "".join(f"{'–' if math.isnan(v) else format(v, '.1f'):>8}" for v in s["mean"].values())
-            lines.append(f"{ARM_TITLES[arm]:24}{cells}")
+            lines.append(f"{title_of(arm):24}{cells}")
     lines.append("FWT*: against the untrained model; FWT**: against training on the task alone")
     if "ella" in summary:
         ella = summary["ella"]

@@ -39,7 +39,7 @@ def run_demo(
     train_examples: int | None = None,
     test_examples: int | None = None,
     ella_lambda: float = DEMO_LAMBDA,
-    arms: Sequence[str] = ("one", "fresh", "ella"),
+    arms: Sequence[str] = ("seqlora", "inclora", "ella"),
     out_dir: str | Path = "demo_out",
     resume: bool = False,
     progress: bool = True,
@@ -52,7 +52,7 @@ def run_demo(
         seeds: one full comparison per seed; the seed draws a benchmark's examples, their order and the adapters.
         train_examples, test_examples: per task; None takes the default of the data source.
         ella_lambda: strength of the ELLA arm.
-        arms: see :data:`ella.continual.stream.ARMS`; "alone" adds the second forward transfer.
+        arms: see :data:`ella.continual.arms.ARMS`; "alone" adds the second forward transfer.
         out_dir: report and states; earlier states of these arms and seeds there are deleted unless ``resume``.
         resume: continue an interrupted demo with the same settings.
         progress: show tqdm bars.

@@ -17,24 +17,43 @@ from typing import Any
 
 from ella.atomic import write_text_atomically
 
+from .arms import ARMS
 from .metrics import NAN, AccuracyMatrix
 from .stream import StreamResult
 
-__all__ = ["ARM_TITLES", "environment", "format_matrix", "mean_matrix", "render_html", "summarise", "write_report"]
+__all__ = ["environment", "format_matrix", "mean_matrix", "render_html", "summarise", "title_of", "write_report"]
 
-ARM_TITLES = {
-    "one": "one LoRA trained on",
-    "fresh": "fresh LoRA per task",
-    "ella": "ELLA",
-    "alone": "each task alone",
-}
 METRIC_TITLES = {
     "OA": "overall accuracy",
     "BWT": "backward transfer",
     "FWT_zero_shot": "forward transfer, against the untrained model",
     "FWT_learning": "forward transfer, against training alone",
 }
-COLORS = {"one": "#b4552d", "fresh": "#8a8f98", "ella": "#1f6feb", "alone": "#3c8d5a"}
+COLORS = {
+    "seqlora": "#b4552d",
+    "inclora": "#8a8f98",
+    "ella": "#1f6feb",
+    "alone": "#3c8d5a",
+    "olora": "#a371f7",
+    "nlora": "#d4a72c",
+    "ewc": "#bf3989",
+    "replay": "#2da44e",
+    "slao": "#1b7c83",
+    "osf": "#953800",
+    "lines": "#57606a",
+    "joint": "#24292f",
+}
+
+
+def title_of(label: str) -> str:
+    """What a run is called in tables: its method's title, or the label it was given."""
+    return ARMS[label].title if label in ARMS else label
+
+
+def color_of(label: str) -> str:
+    """A method's own colour; for other labels one that follows from the name."""
+    others = ("#0550ae", "#6639ba", "#116329", "#a40e26", "#4d2d00")
+    return COLORS.get(label, others[sum(label.encode()) % len(others)])
 
 
 def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -210,7 +229,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
             f"<td><b>{_number(values['mean'][n], '–', sign=n != 'OA')}</b>{_spread(values['per_seed'][n])}</td>"
             for n in shown
         )
-        rows.append(f'<tr class="{arm}"><th>{_dot(arm)}{_esc(ARM_TITLES[arm])}</th>{cells}</tr>')
+        rows.append(f'<tr class="{arm}"><th>{_dot(arm)}{_esc(title_of(arm))}</th>{cells}</tr>')
     return f'<table class="headline"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
 
 
@@ -221,11 +240,11 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _dot(arm: str) -> str:
-    return f'<i class="dot" style="background:{COLORS[arm]}"></i>'
+    return f'<i class="dot" style="background:{color_of(arm)}"></i>'
 
 
 def _legend(arms: Sequence[str]) -> str:
-    return '<p class="legend">' + "".join(f"<span>{_dot(a)}{_esc(ARM_TITLES[a])}</span>" for a in arms) + "</p>"
+    return '<p class="legend">' + "".join(f"<span>{_dot(a)}{_esc(title_of(a))}</span>" for a in arms) + "</p>"
 
 
 def _curve_svg(name: str, task: int, runs: Mapping[str, Sequence[StreamResult]]) -> str:
@@ -251,7 +270,7 @@ def _curve_svg(name: str, task: int, runs: Mapping[str, Sequence[StreamResult]])
         level = height - bottom + (18 if (i - task) % 2 == 0 else 34)
         marks.append(f'<text x="{x(i):.1f}" y="{level}" text-anchor="{anchor}">{_esc(_short(tasks[i]))}</text>')
     for arm, group in runs.items():
-        color = COLORS[arm]
+        color = color_of(arm)
         if len(group) > 1:
             for run in group:
                 points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in run.matrix.curve(task))
@@ -261,7 +280,7 @@ def _curve_svg(name: str, task: int, runs: Mapping[str, Sequence[StreamResult]])
         marks.append(f'<polyline points="{points}" stroke="{color}" stroke-width="2.5"/>')
         marks += [
             f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="3.2" fill="{color}">'
-            f"<title>{_esc(ARM_TITLES[arm])}: {v:.1f} after {_esc(tasks[i])}</title></circle>"
+            f"<title>{_esc(title_of(arm))}: {v:.1f} after {_esc(tasks[i])}</title></circle>"
             for i, v in curve
         ]
     return (
@@ -282,11 +301,11 @@ def _matrix_table(arm: str, matrix: AccuracyMatrix) -> str:
             shade = 0.0 if math.isnan(value) or j > i else value / 100
             kind = "own" if i == j else "quiet" if j > i else ""
             cells.append(
-                f'<td class="{kind}" style="--shade:{shade:.2f};--hue:{COLORS[arm]}">{_number(value, "")}</td>'
+                f'<td class="{kind}" style="--shade:{shade:.2f};--hue:{color_of(arm)}">{_number(value, "")}</td>'
             )
         rows.append(f"<tr><th>{_esc(matrix.tasks[i])}</th>{''.join(cells)}</tr>")
     table = f'<table class="matrix"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-    return f"<figure><figcaption>{_dot(arm)}{_esc(ARM_TITLES[arm])}</figcaption>{table}</figure>"
+    return f"<figure><figcaption>{_dot(arm)}{_esc(title_of(arm))}</figcaption>{table}</figure>"
 
 
 def _cost_table(summary: Mapping[str, Any]) -> str:
@@ -296,7 +315,7 @@ def _cost_table(summary: Mapping[str, Any]) -> str:
         state = f"{format_bytes(s['state_bytes'])}" if s["state_bytes"] else "–"
         dense = f"{format_bytes(s['dense_bytes'])}" if s["state_bytes"] else "–"
         rows.append(
-            f"<tr><th>{_dot(arm)}{_esc(ARM_TITLES[arm])}</th><td>{s['seconds']:.0f} s</td>"
+            f"<tr><th>{_dot(arm)}{_esc(title_of(arm))}</th><td>{s['seconds']:.0f} s</td>"
             f"<td>{s['step_milliseconds']:.0f} ms</td><td>{share}</td><td>{state}</td><td>{dense}</td></tr>"
         )
     return (
@@ -307,7 +326,7 @@ def _cost_table(summary: Mapping[str, Any]) -> str:
 
 def _facts(notes: Mapping[str, str], env: Mapping[str, Any], results: Sequence[StreamResult]) -> str:
     config = next((r.config for r in results if r.arm == "ella"), results[0].config)
-    settings = {k: v for k, v in config.items() if k not in ("arm", "seed", "ella")}
+    settings = {k: v for k, v in config.items() if k not in ("arm", "settings", "label", "order", "seed", "ella")}
     rows = {
         **notes,
         "seeds": ", ".join(str(seed) for seed in sorted({r.seed for r in results})),

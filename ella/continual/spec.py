@@ -13,13 +13,18 @@ from typing import Any
 
 from ella.config import EllaConfig
 
+from .arms import arm_class
 from .checks import MIN_LENGTH, check_count, check_kind, check_temperature, check_template, float_dtype
 from .docstrings import docstring_tasks
 from .models import LoraSettings, TextClassifier, build_classifier
-from .stream import ARMS, StreamConfig
+from .stream import StreamConfig
 from .tasks import ORDERS, Task, load_benchmark, read_task
 
 __all__ = ["ModelSettings", "SpecError", "StreamSpec", "TaskSettings", "load_spec", "parse_spec"]
+
+
+# Fields of a StreamConfig that a file sets elsewhere.
+_NOT_SHARED = ("arm", "settings", "label", "order", "seed", "ella")
 
 
 class SpecError(ValueError):
@@ -152,10 +157,12 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
     _check_tasks(tasks)
     arms = _list(data.get("arms", ["ella"]), str, "arms")
     for arm in arms:
-        if arm not in ARMS:
-            raise SpecError(f"arms: {arm!r} is not one of {list(ARMS)}")
+        try:
+            arm_class(arm)
+        except ValueError as error:
+            raise SpecError(f"arms: {error}") from None
     training = _mapping(data.get("training"), "training")
-    _known_keys(training, [f.name for f in fields(StreamConfig) if f.name not in ("arm", "seed", "ella")], "training")
+    _known_keys(training, [f.name for f in fields(StreamConfig) if f.name not in _NOT_SHARED], "training")
     config = _build(StreamConfig, training | {"ella": _build(EllaConfig, data.get("ella"), "ella")}, "training")
     seeds = _list(data.get("seeds", [0]), int, "seeds")
     for name, values in (("arms", arms), ("seeds", seeds)):

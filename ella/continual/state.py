@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ella.atomic import make_folder, remove, replacing, temporaries, write_atomically, write_text_atomically
 from ella.locks import one_writer
@@ -26,10 +28,25 @@ __all__ = ["StreamState"]
 
 PROGRESS = "progress.json"
 ADAPTER = "adapter.safetensors"
+OWN = "method.safetensors"
 VERSION = 1
 # The names written here: the folder may hold other files, which are left alone.
 _STATE = r"after-\d+-[A-Za-z0-9_.-]*"
 _TEMPORARIES = temporaries(rf"({_STATE}|{re.escape(PROGRESS)})")
+
+
+class Saved(Protocol):
+    """What is saved of a method (:class:`~ella.continual.arms.Arm`)."""
+
+    regularizer: Any | None
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def adapter(self) -> str: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
 
 
 class StreamState:
@@ -71,6 +88,8 @@ class StreamState:
         missing = [] if (state / ADAPTER).is_file() else [ADAPTER]
         if saved.get("past") and not ((state / "past").is_dir() and any((state / "past").iterdir())):
             missing.append("past")
+        if saved.get("own") and not (state / OWN).is_file():
+            missing.append(OWN)
         if missing:
             raise ValueError(
                 f"{self.folder / PROGRESS} points at {saved['state']}, which is incomplete, without "
@@ -84,7 +103,7 @@ class StreamState:
         if self._current is None:
             raise ValueError(f"{self.folder} has no finished task to load an adapter of")
         path = self.folder / self._current / ADAPTER
-        tensors, metadata = read_tensors(path)
+        tensors = self._read(path)
         own = _adapter_parameters(model, adapter_name)
         if own.keys() != tensors.keys():
             raise ValueError(f"{path}: saved adapter has other parameters: {sorted(own.keys() ^ tensors.keys())[:8]}")
@@ -95,30 +114,46 @@ class StreamState:
                     f"{path}, {name}: expected {parameter.dtype} {tuple(parameter.shape)}, "
                     f"found {saved.dtype} {tuple(saved.shape)}"
                 )
-            if not saved.isfinite().all():
-                raise ValueError(f"{path}, {name}: expected finite values; delete {self.folder} to start over")
-        # Earlier versions wrote none.
-        if metadata.get("sha256") not in (None, digest(tensors)):
-            raise ValueError(f"{path}: its sha256 is not the one it was saved with; delete {self.folder} to start over")
         for name, parameter in own.items():
             parameter.data.copy_(tensors[name])
 
-    def save(
-        self, index: int, name: str, result: dict[str, Any], model: Any, adapter_name: str, regularizer: Any | None
-    ) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """What the method saved beside adapter and past."""
+        if self._current is None or not (self.folder / self._current / OWN).exists():
+            return {}
+        return self._read(self.folder / self._current / OWN)
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        tensors, metadata = read_tensors(path)
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(f"{path}, {broken[0]}: expected finite values; delete {self.folder} to start over")
+        # Earlier versions wrote none.
+        if metadata.get("sha256") not in (None, digest(tensors)):
+            raise ValueError(f"{path}: its sha256 is not the one it was saved with; delete {self.folder} to start over")
+        return tensors
+
+    def save(self, index: int, name: str, result: dict[str, Any], arm: Saved) -> None:
         """Save the state after task ``index``; the previous task's folder is deleted once this one is in place."""
         make_folder(self.folder)
-        tensors = {k: p.detach().cpu().contiguous() for k, p in _adapter_parameters(model, adapter_name).items()}
-        metadata = {"sha256": digest(tensors)}
+        adapter, own = _adapter_parameters(arm.model, arm.adapter), arm.tensors()
         with one_writer(self.folder):
             self._sweep()
             final = self._free(f"after-{index + 1}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}")
             with replacing(self.folder / final) as temporary:
                 temporary.mkdir()
-                write_atomically(temporary / ADAPTER, lambda path: save_file(tensors, path, metadata=metadata))
-                if regularizer is not None:
-                    regularizer.save_pretrained(str(temporary / "past"))
-            progress = {"version": VERSION, "run": self.run, "state": final, "past": regularizer is not None}
+                _write(temporary / ADAPTER, adapter)
+                if own:
+                    _write(temporary / OWN, own)
+                if arm.regularizer is not None:
+                    arm.regularizer.save_pretrained(str(temporary / "past"))
+            progress = {
+                "version": VERSION,
+                "run": self.run,
+                "state": final,
+                "past": arm.regularizer is not None,
+                "own": bool(own),
+            }
             write_text_atomically(self.folder / PROGRESS, json.dumps(progress | {"result": result}, indent=1))
             self._current = final
             self._sweep()
@@ -161,6 +196,11 @@ class StreamState:
             return  # whoever can still read it needs what it points at
         kept = saved["state"] if saved else None
         remove(path for path in self.folder.iterdir() if _is_own(path) and path.name != kept)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(held, temporary, metadata={"sha256": digest(held)}))
 
 
 def _is_own(path: Path) -> bool:

@@ -1,25 +1,16 @@
 """The continual run: task after task into one model, with a matrix of what is still known.
 
-Four arms differ in nothing but what happens to the adapter:
-
-========  =========================================================================================
-"one"     one LoRA adapter trained on through all tasks; no fold, no penalty
-"fresh"   a fresh adapter per task, folded into the past at its end; no penalty
-"ella"    the same with the ELLA penalty against the past
-"alone"   a fresh adapter per task, the earlier ones forgotten: the reference of forward transfer
-========  =========================================================================================
-
-Every task starts from a seed made of (seed, task index), so a run resumed after task i continues as if it had never
-stopped, and arms with the same seed see the same batches.
+The methods (:mod:`ella.continual.arms`) differ in nothing but what they do before a task, in a step and after it. Every
+task starts from a seed made of (seed, task index), so a run resumed after task i continues as if it had never stopped,
+and methods with the same seed see the same batches.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,31 +20,34 @@ import torch
 from tqdm.auto import tqdm
 
 from ella.config import EllaConfig
-from ella.knowledge import parameters_of, past_of, trained_adapter
-from ella.lora import adapted_layers
+from ella.knowledge import past_of
 from ella.regularizer import EllaRegularizer
 
+from .arms import OLD_NAMES, Arm, FoldingArm, arm_class, arm_settings, task_seed
 from .checks import check_count, check_number
 from .metrics import NAN, AccuracyMatrix
 from .models import EncodedTask, TextClassifier
 from .state import StreamState
 from .tasks import Task
 
-__all__ = ["ARMS", "StreamConfig", "StreamResult", "run_stream"]
-
-ARMS = ("one", "fresh", "ella", "alone")
+__all__ = ["StreamConfig", "StreamResult", "run_stream"]
 
 
 @dataclass(frozen=True)
 class StreamConfig:
     """Settings of a run; the optimiser is AdamW at a constant rate, new for every task.
 
-    ``evaluate`` is "seen" (tasks so far and the next one, which zero-shot forward transfer needs) or "all".
-    ``dropout`` False trains in eval mode: no dropout anywhere. ``ella`` holds the penalty of the "ella" arm; the
-    "fresh" arm takes only how the past is kept from it.
+    ``arm`` names a method of :data:`ella.continual.arms.ARMS`, ``settings`` what is set of it: fields of its
+    ``Settings``, and of ``ella`` for this method alone. ``label`` is what the run is called where one method stands
+    with several settings, ``order`` what the order of its tasks is called. ``evaluate`` is "seen" (tasks so far and
+    the next one, which zero-shot forward transfer needs) or "all". ``dropout`` False trains in eval mode: no dropout
+    anywhere. ``ella`` holds the penalty of ELLA; methods that fold take how the past is kept from it.
     """
 
     arm: str = "ella"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    order: str = ""
     seed: int = 0
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
@@ -66,8 +60,8 @@ class StreamConfig:
     ella: EllaConfig = field(default_factory=EllaConfig)
 
     def __post_init__(self) -> None:
-        if self.arm not in ARMS:
-            raise ValueError(f"arm is {self.arm!r}; expected one of {ARMS}")
+        object.__setattr__(self, "arm", OLD_NAMES.get(self.arm, self.arm))
+        arm_settings(self.arm, self.settings, self.ella)
         if self.evaluate not in ("seen", "all"):
             raise ValueError(f"evaluate is {self.evaluate!r}; expected 'seen' or 'all'")
         for name in ("epochs", "batch_size", "eval_batch_size"):
@@ -82,17 +76,24 @@ class StreamConfig:
         if norm is not None and (not isinstance(norm, (int, float)) or isinstance(norm, bool) or not norm > 0):
             raise ValueError(f"max_grad_norm is {norm!r}; expected a number above 0, or None")
 
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.label or self.arm
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain json."""
         return asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that this arm's numbers depend on: a run continues under another λ if its arm has none."""
-        settings = self.to_dict()
-        used = {"ella": None, "fresh": ("past_rank", "keep_past")}.get(self.arm, ())
-        if used is not None:
-            settings["ella"] = {name: settings["ella"][name] for name in used}
-        return settings
+        """The settings that this run's numbers depend on."""
+        shared = {k: v for k, v in self.to_dict().items() if k not in ("label", "order", "settings", "ella")}
+        return shared | arm_class(self.arm).identity(*arm_settings(self.arm, self.settings, self.ella))
+
+    def make_arm(self, classifier: TextClassifier, train: Callable[[int], EncodedTask]) -> Arm:
+        """The method, around a freshly built classifier."""
+        settings, ella = arm_settings(self.arm, self.settings, self.ella)
+        return arm_class(self.arm)(classifier, self.seed, settings, ella, train)
 
 
 @dataclass
@@ -113,7 +114,8 @@ class StreamResult:
 
     @property
     def arm(self) -> str:
-        return self.config["arm"]
+        """What the run is called: its label, or its method's name."""
+        return self.config["label"] or self.config["arm"]
 
     @property
     def seed(self) -> int:
@@ -194,11 +196,12 @@ def _run_tasks(
     test = [_encode(classifier, task, "test") for task in tasks]
     saved = state.load() if state else None
 
+    arm = config.make_arm(classifier, _Encoded(classifier, tasks))
+    arm.n_tasks = len(tasks)
     if state is None or saved is None:
-        _seed_adapter(classifier, config.seed, 0)
-        regularizer = _new_regularizer(classifier, config)
+        arm.begin()
         result = StreamResult(config.to_dict(), AccuracyMatrix(names))
-        result.dense_bytes, result.layers = _dense_bytes(classifier)
+        result.dense_bytes, result.layers = arm.dense_bytes()
         if untrained is None:
             untrained = [
                 _accuracy(classifier, name, t, config)
@@ -207,60 +210,63 @@ def _run_tasks(
         result.matrix = AccuracyMatrix(names, untrained=list(untrained))
     else:
         result = _saved_result(saved, state)
-        regularizer = _saved_regularizer(classifier, config, state, names[: len(result.tasks)])
-        state.load_adapter(classifier.model, _trained(classifier))
+        _resume(arm, state, names[: len(result.tasks)])
 
     for index in range(len(result.tasks), len(tasks)):
         task = tasks[index]
-        # The adapter a task starts from depends on nothing but the seed and the index: that is what resumes exactly.
-        if index > 0 and config.arm != "one":
-            _seed_adapter(classifier, config.seed, index)
-        train = _encode(classifier, task, "train")
-        label = f"{config.arm}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
-        record = {"name": task.name} | _train(classifier, train, regularizer, config, index, label, progress)
-        if regularizer is not None:
-            regularizer.end_task(task.name)
+        arm.before_task(index)
+        label = f"{config.name}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
+        record = {"name": task.name} | _train(arm, config, index, label, progress)
+        arm.after_task(index, task.name)
         start = time.perf_counter()
-        result.matrix.add_row(_evaluate(classifier, names, test, config, index))
-        record["evaluation_seconds"] = time.perf_counter() - start
+        result.matrix.add_row(_evaluate(arm, result.matrix, test, config, index))
+        record |= {
+            "evaluation_seconds": time.perf_counter() - start,
+            "state_bytes": arm.state_bytes(),
+            "peak_bytes": _peak_bytes(classifier),
+        }
         result.tasks.append(record)
-        result.state_bytes = _past_bytes(classifier)
+        result.state_bytes = record["state_bytes"]
         if state:
-            state.save(index, task.name, result.to_dict(), classifier.model, _trained(classifier), regularizer)
+            state.save(index, task.name, result.to_dict(), arm)
         if on_task_end:
             on_task_end(index, result)
     return result
 
 
-def _train(
-    classifier: TextClassifier,
-    train: EncodedTask,
-    regularizer: EllaRegularizer | None,
-    config: StreamConfig,
-    index: int,
-    label: str,
-    progress: bool,
-) -> dict[str, Any]:
-    model = classifier.model
+class _Encoded:
+    """Training records by task, tokenised when first asked for; all are kept, as a method may mix them."""
+
+    def __init__(self, classifier: TextClassifier, tasks: Sequence[Task]) -> None:
+        self._classifier, self._tasks = classifier, tasks
+        self._made: dict[int, EncodedTask] = {}
+
+    def __call__(self, index: int) -> EncodedTask:
+        if index not in self._made:
+            self._made[index] = _encode(self._classifier, self._tasks[index], "train")
+        return self._made[index]
+
+
+def _train(arm: Arm, config: StreamConfig, index: int, label: str, progress: bool) -> dict[str, Any]:
+    model = arm.model
     seed = task_seed(config.seed, index)
     torch.manual_seed(seed)
     model.train(config.dropout)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    batches = [b for epoch in range(config.epochs) for b in train.batches(config.batch_size, seed + epoch)]
-    penalised = regularizer if config.arm == "ella" and index > 0 else None
+    batches = [b for epoch in range(config.epochs) for b in arm.batches(index, config.batch_size, seed + epoch)]
     losses: list[torch.Tensor] = []
     penalties: list[torch.Tensor] = []
     penalty_seconds = 0.0
     start = time.perf_counter()
     with tqdm(batches, label, disable=not progress, leave=False) as bar:
-        for step, rows in enumerate(bar):
+        for step, (task, rows) in enumerate(bar):
             optimizer.zero_grad(set_to_none=True)
-            loss = classifier.loss(train, rows)
+            loss = arm.classifier.loss(task, rows)
             loss.backward()
-            if penalised is not None:
-                before = time.perf_counter()
-                penalty = penalised.add_gradient_()
+            before = time.perf_counter()
+            penalty = arm.extra_gradient(index)
+            if penalty is not None:
                 penalties.append(penalty.detach())
                 penalty_seconds += time.perf_counter() - before
             if config.max_grad_norm is not None:
@@ -273,13 +279,14 @@ def _train(
                 bar.set_postfix(loss=f"{float(losses[-1]):.3f}", penalty=shown)
     seconds = time.perf_counter() - start
     model.eval()
-    _check_training(model, torch.stack(losses), label)
-    tail = max(1, len(batches) // 5)
+    if losses:
+        _check_training(model, torch.stack(losses), label)
+    tail = max(1, len(losses) // 5)
     return {
         "steps": len(batches),
         "seconds": seconds,
         "penalty_seconds": penalty_seconds,
-        "loss": math.fsum(map(float, losses[-tail:])) / tail,
+        "loss": math.fsum(map(float, losses[-tail:])) / tail if losses else NAN,
         "penalty": math.fsum(map(float, penalties[-tail:])) / tail if penalties else 0.0,
     }
 
@@ -318,46 +325,36 @@ def _naming(task: str, split: str) -> Iterator[None]:
 
 
 def _evaluate(
-    classifier: TextClassifier, names: list[str], test: list[EncodedTask], config: StreamConfig, index: int
+    arm: Arm, matrix: AccuracyMatrix, test: list[EncodedTask], config: StreamConfig, index: int
 ) -> list[float]:
-    """Row ``index`` of the matrix: NaN for tasks that the arm and the setting leave out."""
-    if config.arm == "alone":
-        wanted = {index}
-    elif config.evaluate == "all":
-        wanted = set(range(len(test)))
-    else:
-        wanted = set(range(index + 2))
-    return [_accuracy(classifier, names[j], t, config) if j in wanted else NAN for j, t in enumerate(test)]
+    """Row ``index`` of the matrix: NaN for tasks that the method and the setting leave out."""
+    wanted = arm.evaluated(index, len(test), config.evaluate == "all")
+    row = [_accuracy(arm.classifier, matrix.tasks[j], t, config) if j in wanted else NAN for j, t in enumerate(test)]
+    return [*matrix.rows[-1][:index], *row[index:]] if arm.keeps_scores() and index > 0 else row
 
 
-def task_seed(seed: int, index: int) -> int:
-    """The seed of task ``index``: a 63-bit hash of the pair, the same on every machine."""
-    digest = hashlib.sha256(json.dumps([seed, index]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def _peak_bytes(classifier: TextClassifier) -> int:
+    """The most memory taken so far: of the GPU's allocator, else of this process."""
+    if classifier.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(classifier.device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # Linux counts KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _seed_adapter(classifier: TextClassifier, seed: int, index: int) -> None:
-    """Initialise the trainable adapter (A random, B zero) from (seed, index)."""
-    torch.manual_seed(task_seed(seed, index))
-    for layer in adapted_layers(classifier.model, _trained(classifier)):
-        layer.reset(True)
-
-
-def _new_regularizer(classifier: TextClassifier, config: StreamConfig) -> EllaRegularizer | None:
-    return EllaRegularizer(classifier.model, config.ella) if config.arm in ("fresh", "ella") else None
-
-
-def _saved_regularizer(
-    classifier: TextClassifier, config: StreamConfig, state: StreamState, finished: list[str]
-) -> EllaRegularizer | None:
-    if config.arm not in ("fresh", "ella"):
-        return None
-    if state.past_dir is None:
-        raise ValueError(f"{state.folder} has no saved past, which arm {config.arm!r} goes on from; restore its past/")
-    regularizer = EllaRegularizer.from_pretrained(classifier.model, str(state.past_dir))
-    if regularizer.tasks != finished:
-        raise ValueError(f"{state.past_dir} holds the past of {regularizer.tasks}; expected that of {finished}")
-    return regularizer
+def _resume(arm: Arm, state: StreamState, finished: list[str]) -> None:
+    regularizer = None
+    if isinstance(arm, FoldingArm):
+        if state.past_dir is None:
+            raise ValueError(f"{state.folder} has no saved past, which its method goes on from; restore its past/")
+        regularizer = EllaRegularizer.from_pretrained(arm.model, str(state.past_dir))
+        if regularizer.tasks != finished:
+            raise ValueError(f"{state.past_dir} holds the past of {regularizer.tasks}; expected that of {finished}")
+    arm.resume(finished, regularizer, state.tensors())
+    state.load_adapter(arm.model, arm.adapter)
 
 
 def _saved_result(saved: dict[str, Any], state: StreamState) -> StreamResult:
@@ -365,19 +362,3 @@ def _saved_result(saved: dict[str, Any], state: StreamState) -> StreamResult:
         return StreamResult.from_dict(saved["result"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{state.folder}: the saved result is damaged ({error}); delete it to start over") from error
-
-
-def _dense_bytes(classifier: TextClassifier) -> tuple[int, int]:
-    """(bytes, layers) of a float32 (out, in) past of every layer the adapter is on."""
-    layers = adapted_layers(classifier.model, classifier.adapter_name)
-    return sum(4 * layer.n_parts * math.prod(layer.shape) for layer in layers), len(layers)
-
-
-def _past_bytes(classifier: TextClassifier) -> int:
-    past = past_of(classifier.model, classifier.adapter_name)
-    layers = adapted_layers(classifier.model, _trained(classifier)) if past else []
-    return sum(p.numel() * p.element_size() for p in parameters_of(layers, classifier.adapter_name))
-
-
-def _trained(classifier: TextClassifier) -> str:
-    return trained_adapter(classifier.model, classifier.adapter_name)

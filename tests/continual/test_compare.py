@@ -50,8 +50,10 @@ def compare(bert, tmp_path):
 
 
 def test_all_arms_and_two_seeds(compare):
-    results, text = compare(("one", "fresh", "ella", "alone"), (0, 1))
-    assert [(r.arm, r.seed) for r in results] == [(a, s) for s in (0, 1) for a in ("one", "fresh", "ella", "alone")]
+    results, text = compare(("seqlora", "inclora", "ella", "alone"), (0, 1))
+    assert [(r.arm, r.seed) for r in results] == [
+        (a, s) for s in (0, 1) for a in ("seqlora", "inclora", "ella", "alone")
+    ]
     assert compare.draws == [0, 1] and len(compare.built) == 8
     for r in results:
         alone = next(o for o in results if o.arm == "alone" and o.seed == r.seed)
@@ -60,7 +62,7 @@ def test_all_arms_and_two_seeds(compare):
             own = r.matrix.rows[1][1] - r.matrix.alone[1]
             assert r.matrix.forward_transfer_learning() == pytest.approx(own)
             assert not any(math.isnan(v) for v in r.matrix.summary().values())
-    for expected in ("one LoRA trained on", "FWT**", "the penalty takes", "its state:", "report:", "each task alone"):
+    for expected in ("SeqLoRA", "FWT**", "the penalty takes", "its state:", "report:", "an adapter per task"):
         assert expected in text
     assert "nan" not in text
     assert_self_contained((compare.folder / "report.html").read_text(encoding="utf-8"))
@@ -74,29 +76,29 @@ def test_arms_measure_the_untrained_model_once(compare, monkeypatch):
     counts = []
     original = EncoderClassifier.accuracy
     monkeypatch.setattr(EncoderClassifier, "accuracy", lambda *a: (counts.append(1), original(*a))[1])
-    (fresh, one), _ = compare(("fresh", "one"))
+    (fresh, one), _ = compare(("inclora", "seqlora"))
     assert fresh.matrix.untrained == one.matrix.untrained
     assert len(counts) == 2 + 4 + 4  # untrained once, then two rows of two for both arms
 
 
 def test_a_second_call_takes_what_is_there(compare):
-    first, _ = compare(("fresh",))
-    second, _ = compare(("fresh", "ella"))
+    first, _ = compare(("inclora",))
+    second, _ = compare(("inclora", "ella"))
     assert second[0].to_dict() == first[0].to_dict() and second[1].arm == "ella"
 
 
 def test_the_reference_arm_alone_and_one_task_alone(compare):
     _, text = compare(("alone",))
-    assert "each task alone, seed 0: mean accuracy" in text and "nan" not in text
+    assert "an adapter per task, seed 0: mean accuracy" in text and "nan" not in text
     (compare.folder / "again").mkdir()
-    _, text = compare(("fresh",), (7,), lambda seed: tiny.two_tasks(n_train=8, n_test=8)[:1])
+    _, text = compare(("inclora",), (7,), lambda seed: tiny.two_tasks(n_train=8, n_test=8)[:1])
     assert "seed 7: OA" in text and "nan" not in text
 
 
 @pytest.mark.parametrize(
     "arms, seeds, message",
     [
-        (("fresh", "ewc"), (0,), r"unknown arms \['ewc'\]; expected some of"),
+        (("inclora", "swim"), (0,), "arm is 'swim'; expected one of"),
         ((), (0,), r"arms must be at least one and distinct, found \[\]"),
         (("ella", "ella"), (0,), "arms must be at least one and distinct"),
         (("ella",), (), "seeds must be at least one"),
@@ -110,6 +112,6 @@ def test_wrong_arms_are_said_before_any_work(compare, arms, seeds, message):
 
 
 def test_text_of_a_run_without_ella(compare):
-    results, _ = compare(("fresh",))
+    results, _ = compare(("inclora",))
     text = render_text(results)
     assert "after things" in text and "its state" not in text and "nan" not in text

@@ -44,7 +44,7 @@ def result(arm: str, seed: int = 0, shift: float = 0.0, names=NAMES, **matrix) -
         StreamConfig(arm=arm, seed=seed).to_dict(),
         AccuracyMatrix(list(names), [row[:size] for row in rows[:size]], **matrix),
         tasks,
-        state_bytes=2048 if arm in ("fresh", "ella") else 0,
+        state_bytes=2048 if arm in ("inclora", "ella") else 0,
         dense_bytes=1 << 20,
         layers=12,
     )
@@ -93,7 +93,7 @@ def assert_self_contained(text: str) -> None:
     assert not re.search(r"(https?:)?//[a-z]|url\(|@import|\bsrc\s*=|\bhref\s*=", text, re.IGNORECASE)
 
 
-ARMS = ("one", "fresh", "ella")
+ARMS = ("seqlora", "inclora", "ella")
 
 
 def test_a_page_with_all_arms():
@@ -107,7 +107,7 @@ def test_a_page_with_all_arms():
     assert len(lines) == 6 and all(attrs["points"] for attrs in lines)
     assert {attrs["stroke"] for attrs in lines} == {"#b4552d", "#8a8f98", "#1f6feb"}
     words = " ".join(shown.text)
-    for expected in ("65.0", "-17.5", "one LoRA trained on", "fresh LoRA per task", "ELLA", "a machine", "words"):
+    for expected in ("65.0", "-17.5", "SeqLoRA", "IncLoRA", "ELLA", "a machine", "words"):
         assert expected in words, expected
     # Penalty's share over the tasks that had a past: 1.0 of 4.0 seconds; sizes beside it.
     assert "25.0 %" in words and "2.0 KiB" in words and "1.0 MiB" in words
@@ -124,7 +124,7 @@ def test_curves_stand_where_the_numbers_are():
 
 
 def test_cells_that_were_not_measured():
-    results = [result("one"), result("alone")]
+    results = [result("seqlora"), result("alone")]
     for r in results:
         r.matrix.rows = [[80.0, NAN, NAN], [NAN, 90.0, NAN], [NAN, NAN, 60.0]]
     text = render_html(results, title="t", notes={}, env=ENV)

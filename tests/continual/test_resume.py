@@ -104,7 +104,7 @@ def test_a_finished_run_is_not_run_again(unbroken):
     assert scores == whole.matrix.rows[-1]
 
 
-@pytest.mark.parametrize("arm", ["one", "fresh", "ella", "alone"])
+@pytest.mark.parametrize("arm", ["seqlora", "inclora", "ella", "alone"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_every_arm_resumes_after_every_task(tmp_path, bert, arm, index):
     """Stopped by an error between two tasks: same matrix, same costs but the clock."""

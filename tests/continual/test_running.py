@@ -23,7 +23,7 @@ from ella.regularizer import EllaRegularizer
 from ..ella.test_files import ODD, ended, in_child
 from . import tiny
 
-CONFIG = StreamConfig(arm="fresh", batch_size=8, ella=EllaConfig(1.0, normalize="rms"))
+CONFIG = StreamConfig(arm="inclora", batch_size=8, ella=EllaConfig(1.0, normalize="rms"))
 REFUSED = r"another process is running here: process \d+ on .* has .*\.ella-run\.lock; wait for it"
 
 
@@ -144,7 +144,7 @@ def test_a_comparison_is_refused_before_anything_is_cleared(tmp_path, bert):
             lambda: build(bert),
             lambda seed: tiny.two_tasks(n_train=8, n_test=4),
             CONFIG,
-            arms=("fresh",),
+            arms=("inclora",),
             seeds=(0,),
             out_dir=tmp_path,
             title="t",

@@ -49,11 +49,25 @@ class Regularizer:
             file.write(self.text)
 
 
+class Method:
+    """What is saved of a method: a model with its adapter, a past, tensors of its own."""
+
+    adapter = "default"
+
+    def __init__(self, value: float, past: str | None = None, own: float | None = None) -> None:
+        self.model = Adapter(value)
+        self.regularizer = None if past is None else Regularizer(past)
+        self.own = own
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {} if self.own is None else {"own": torch.full((2, 2), self.own)}
+
+
 def save(folder, index: int, state: StreamState | None = None) -> StreamState:
     if state is None:
         state = StreamState(folder, RUN)
         state.load()
-    state.save(index, "abc"[index], {"n": index}, Adapter(index + 0.5), "default", Regularizer(f"past {index}"))
+    state.save(index, "abc"[index], {"n": index}, Method(index + 0.5, f"past {index}"))
     return state
 
 
@@ -293,7 +307,7 @@ def test_a_full_disk_leaves_the_old_state(tmp_path):
     before = sorted(tmp_path.iterdir())
     for limit, name in ((60, "after-2-b"), (300, "progress.json")):
         with full_disk(limit), pytest.raises(OSError, match=f"cannot write {tmp_path / name}: File too large"):
-            state.save(1, "b", {"n": [1] * 300}, Adapter(1.5), "default", Regularizer("past 1"))
+            state.save(1, "b", {"n": [1] * 300}, Method(1.5, "past 1"))
         assert seen(tmp_path) == OLD
     save(tmp_path, 1, state)
     assert seen(tmp_path) == NEW and len(list(tmp_path.iterdir())) == len(before)
@@ -317,10 +331,10 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 def test_names_of_tasks_become_folder_names(tmp_path):
     state = StreamState(tmp_path, RUN)
-    state.save(0, "../a b/ü", {"n": 0}, Adapter(0.5), "default", None)
+    state.save(0, "../a b/ü", {"n": 0}, Method(0.5))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["after-1-.._a_b_", "progress.json"]
     assert state.past_dir is None and StreamState(tmp_path, RUN).load()["result"] == {"n": 0}
-    state.save(1, "long " * 100, {"n": 1}, Adapter(0.5), "default", None)
+    state.save(1, "long " * 100, {"n": 1}, Method(0.5))
     assert StreamState(tmp_path, RUN).load()["result"] == {"n": 1}
 
 
@@ -392,3 +406,22 @@ def test_100_kills_leave_whole_states(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_tensors_of_the_method_are_saved_with_it(tmp_path):
+    state = StreamState(tmp_path, RUN)
+    state.save(0, "a", {"n": 0}, Method(0.5, own=3.0))
+    found = StreamState(tmp_path, RUN)
+    found.load()
+    assert found.tensors()["own"].tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    (path,) = tmp_path.glob("after-*/method.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its sha256 is not the one"):
+        found.tensors()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"incomplete, without method.safetensors"):
+        StreamState(tmp_path, RUN).load()
+    state.save(1, "b", {"n": 1}, Method(0.5))
+    found.load()
+    assert found.tensors() == {}

@@ -1,0 +1,28 @@
+"""ELLA: the penalty of this package, and its cheaper forms."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import ClassVar
+
+from torch import Tensor
+
+from ella.config import EllaConfig
+
+from .base import FoldingArm
+
+__all__ = ["Ella"]
+
+
+class Ella(FoldingArm):
+    """ELLA (Das Biswas et al., EACL 2026, arXiv 2601.02232): λ‖ΔW ⊙ W_past‖_F² added to the loss from task 2 on.
+
+    Nothing is left out. ``EllaConfig`` has the forms: ``penalty_rank`` uses the leading components,
+    ``penalty="spectral"`` the projected norm.
+    """
+
+    title = "ELLA"
+    ella_fields: ClassVar[tuple[str, ...]] = tuple(f.name for f in fields(EllaConfig))
+
+    def extra_gradient(self, index: int) -> Tensor | None:
+        return self.past.add_gradient_() if index > 0 else None
