@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["EllaConfig"]
+__all__ = ["AUTO_LAMBDA", "EllaConfig"]
+
+#: Of ``ella_lambda="auto"``: what an update adds to the loss that is as large as all earlier ones together and lies
+#: where they lie by chance, in units of the task loss.
+AUTO_LAMBDA = 4.0
 
 _CHOICES = {
     "penalty": ("hadamard", "spectral"),
@@ -23,7 +27,9 @@ class EllaConfig:
 
     Attributes:
         ella_lambda: strength λ ≥ 0 of ``task loss + λ · reduce(P)``. What a number means depends on ``reduction``,
-            ``include_scaling`` and ``normalize``: published strengths differ in all three.
+            ``include_scaling`` and ``normalize``: published strengths differ in all three. "auto" sets it anew after
+            every task, to :data:`AUTO_LAMBDA` ``· N / E²``, ``E = Σ_layers ‖W_past‖_F²`` and ``N`` the number of its
+            coordinates: a strength that does not depend on rank, scaling, learning rate and width.
         penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026) or "spectral", the projected norm.
         past_rank: cap on the components stored per layer; the past is exact until it is reached.
         penalty_rank: components the penalty uses, the rest entering by its row and column energies; None uses all.
@@ -43,7 +49,7 @@ class EllaConfig:
         TypeError, ValueError: naming the field, what was found and what was expected.
     """
 
-    ella_lambda: float = 1e4
+    ella_lambda: float | str = "auto"
     penalty: str = "hadamard"
     past_rank: int = 128
     penalty_rank: int | None = None
@@ -55,10 +61,7 @@ class EllaConfig:
     skip_unsupported: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.ella_lambda, bool) or not isinstance(self.ella_lambda, (int, float)):
-            raise TypeError(f"ella_lambda must be a number, found {type(self.ella_lambda).__name__}")
-        if not math.isfinite(self.ella_lambda) or self.ella_lambda < 0:
-            raise ValueError(f"ella_lambda must be finite and at least 0, found {self.ella_lambda}")
+        self._check_lambda()
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 expected = ", ".join(map(repr, allowed))
@@ -73,6 +76,21 @@ class EllaConfig:
             raise ValueError(f"adapter_name must be a non-empty string, found {self.adapter_name!r}")
         if self.adapter_name in ("ella_past", "ella_task"):
             raise ValueError(f"adapter_name must not be {self.adapter_name!r}: that name is ELLA's own")
+
+    def _check_lambda(self) -> None:
+        strength = self.ella_lambda
+        if strength == "auto":
+            if self.normalize is not None or self.reduction != "sum" or not self.include_scaling:
+                raise ValueError(
+                    "ella_lambda='auto' is a strength for normalize=None, reduction='sum' and include_scaling=True, "
+                    f"found normalize={self.normalize!r}, reduction={self.reduction!r}, "
+                    f"include_scaling={self.include_scaling}: give a number"
+                )
+            return
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+            raise TypeError(f"ella_lambda must be a number or 'auto', found {strength!r}")
+        if not math.isfinite(strength) or strength < 0:
+            raise ValueError(f"ella_lambda must be finite and at least 0, found {strength}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain json; the inverse is :meth:`from_dict`."""

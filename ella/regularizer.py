@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ella_kernels as ek
 
 from .checkpoint import PastState, load_past, save_past
-from .config import EllaConfig
+from .config import AUTO_LAMBDA, EllaConfig
 from .distributed import SPREAD, is_writer, refuse_tensor_parallel, wait_for_all
 from .export import ExportReport, export_live
 from .finished import FinishedTasks
@@ -66,6 +66,7 @@ class EllaRegularizer:
         """Work from the adapter that is trained now."""
         self._layers = self._finished.layers
         self._penalised = [layer for layer in self._layers if layer.tied_to is None]
+        self._size = sum(layer.n_parts * layer.shape[0] * layer.shape[1] for layer in self._penalised)
         self._linear = LinearLayers(self._penalised)
         self._terms = Terms(self.config, self._penalised, self._linear)
         self._plan = ek.Plan(self.config.penalty)
@@ -100,7 +101,8 @@ class EllaRegularizer:
                 "penalty() has no derivative with respect to parameters that FSDP2 shards: call add_gradient_() once "
                 "per optimizer step, after zero_grad() and before clipping"
             )
-        return self._call(self._evaluate, self._operands()).sum() * self._weight()
+        operands = self._operands()
+        return self._call(self._evaluate, operands).sum() * self._weight(operands)
 
     @torch.no_grad()
     def add_gradient_(self, scale: float | Tensor = 1.0) -> Tensor:
@@ -112,7 +114,6 @@ class EllaRegularizer:
         Under DDP and FSDP2 every rank calls it, on its model or the one inside the wrapper. Raises ValueError under
         DeepSpeed, which keeps gradients elsewhere.
         """
-        weight = self._weight() * scale
         add_ = self._plan.add_grad_
         engine = self._spread(training=True)
         if engine in ("ZeRO", "ZeRO-3"):
@@ -121,17 +122,20 @@ class EllaRegularizer:
                 "ella.with_penalty(loss, regularizer, engine), or attach(trainer, regularizer)"
             )
         if engine == "FSDP2":
-            return self._sharded.add_gradient_(self._finished.past, add_, weight) * self._weight()
+            weight = self._weight(None)
+            return self._sharded.add_gradient_(self._finished.past, add_, weight * scale) * weight
         operands = self._operands()
+        weight = self._weight(operands)
         parameters = self._linear.trainable(self.adapter)
         if parameters is not None:
             into, n = gradients(parameters), len(self._penalised)
             values = add_(
-                parameters[:n], parameters[n:], operands.pasts, operands.scalings, into[:n], into[n:], weight=weight
+                parameters[:n], parameters[n:], operands.pasts, operands.scalings, into[:n], into[n:],
+                weight=weight * scale,
             )  # fmt: skip
-            return values.sum() * self._weight()
+            return values.sum() * weight
         grads = [self._gradients(layer) for layer in self._penalised]
-        return self._add(operands, grads, weight) * self._weight()
+        return self._add(operands, grads, weight * scale) * weight
 
     @torch.no_grad()
     def gradients(self) -> tuple[Tensor, list[nn.Parameter], list[Tensor]]:
@@ -145,7 +149,8 @@ class EllaRegularizer:
             pair = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in layer.parameters()]
             grads.append(layer.factors(*pair))
             found.update({p: g for p, g in zip(layer.parameters(), pair, strict=True) if p.requires_grad})
-        value = self._add(operands, grads, self._weight()) * self._weight()
+        weight = self._weight(operands)
+        value = self._add(operands, grads, weight) * weight
         return value, list(found), list(found.values())
 
     def spread_parameters(self) -> list[nn.Parameter]:
@@ -179,8 +184,20 @@ class EllaRegularizer:
             found[self._penalised[layer].name] += value
         return found
 
-    def _weight(self) -> float:
-        return self.config.ella_lambda / (len(self._penalised) if self.config.reduction == "mean" else 1)
+    def strength(self) -> float:
+        """λ as it is now: a number for "auto" too, 0 before the first task has ended."""
+        engine = self._spread()
+        return self._lambda(None if engine == "FSDP2" else self._operands())
+
+    def _weight(self, operands: Operands | None) -> float:
+        """What ``ΣP`` is multiplied by; ``operands`` None: they are spread over ranks."""
+        return self._lambda(operands) / (len(self._penalised) if self.config.reduction == "mean" else 1)
+
+    def _lambda(self, operands: Operands | None) -> float:
+        if not isinstance(self.config.ella_lambda, str):
+            return self.config.ella_lambda
+        energy = self._sharded.energy(self._finished.past) if operands is None else operands.energy
+        return AUTO_LAMBDA * self._size / energy**2 if energy else 0.0
 
     def _evaluate(self, terms: list[Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
         return self._penalties(a, b, [t.past for t in terms], [t.scaling for t in terms])

@@ -38,6 +38,7 @@ class _LocalTerm(NamedTuple):
     rank: int
     is_kept: bool
     scaling: float
+    energy: float = 0.0
 
 
 class ShardedPenalty:
@@ -47,6 +48,10 @@ class ShardedPenalty:
         self.layers, self._whole_terms = layers, terms
         self._rows: tuple[Sequence[Tensor], Rows] | None = None
         self._terms: tuple[tuple, list[_LocalTerm]] | None = None
+
+    def energy(self, past: Past) -> float:
+        """``Σ ‖W_past‖_F²`` of all rows, where the strength depends on it."""
+        return math.fsum(term.energy for term in self._current(past)[1])
 
     @torch.no_grad()
     def values(self, past: Past, compute: Compute) -> tuple[list[int], Tensor]:
@@ -171,7 +176,7 @@ def _local(rows: Rows, term: Term, n_rows: int, is_kept: bool) -> _LocalTerm:
     # Copies: the whole factors may go.
     right = right.clone() if is_kept else right[rows.of(rank)].clone()
     past = ek.LowRank(left[own].clone(), right, row_energy, col_energy)
-    return _LocalTerm(term.layer, term.part, past, rank, is_kept, term.scaling)
+    return _LocalTerm(term.layer, term.part, past, rank, is_kept, term.scaling, term.energy)
 
 
 def _projected(

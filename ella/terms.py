@@ -24,18 +24,23 @@ KEPT = 2**28
 
 
 class Term(NamedTuple):
-    """One ``P``: a part of a layer against its past, ``scaling`` with every convention of the config in it."""
+    """One ``P``: a part of a layer against its past, ``scaling`` with every convention of the config in it.
+
+    ``energy`` is its share of ``‖W_past‖_F²``, 0 where no convention asks for that.
+    """
 
     layer: int
     part: int
     past: ek.LowRank | None
     scaling: float
+    energy: float = 0.0
 
 
 class Operands(NamedTuple):
     """All terms as long as the stored past is where and what ``key`` says, and what the kernels take of them as lists.
 
-    ``stored`` are the factors it says it of, whose memory is held so that no other past can come to lie there.
+    ``stored`` are the factors it says it of, whose memory is held so that no other past can come to lie there;
+    ``energy`` is ``Σ ‖W_past‖_F²``, where a convention asks for it.
     """
 
     key: tuple
@@ -43,6 +48,7 @@ class Operands(NamedTuple):
     terms: list[Term]
     pasts: list[ek.LowRank | None]
     scalings: list[float]
+    energy: float
 
 
 class Terms:
@@ -70,22 +76,24 @@ class Terms:
             tuple(map(Tensor.stride, factors)),
         )
         if self._made is None or self._made.key != key:
-            terms = [term for i in range(len(self.layers)) for term in self.of_layer(past, i)]
-            stored = [factor.detach() for factor in factors]
-            self._made = Operands(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms])
+            self._made = self._make(past, key, [factor.detach() for factor in factors])
         return self._made
 
     def _of_partitioned(self, past: Past, factors: Sequence[Tensor]) -> Operands:
         """Where ZeRO-3 moves factors about: theirs are copies, kept for the next step unless they are large."""
         key = (tuple(layer.scaling() for layer in self.layers), tuple(past.tasks), *map(id, factors))
         if self._made is None or self._made.key != key:
-            terms = [term for i in range(len(self.layers)) for term in self.of_layer(past, i)]
-            made = Operands(key, [*factors], terms, [t.past for t in terms], [t.scaling for t in terms])
-            size = sum(4 * (t.past.left.numel() + t.past.right.numel()) for t in terms if t.past is not None)
+            made = self._make(past, key, [*factors])
+            size = sum(4 * (t.past.left.numel() + t.past.right.numel()) for t in made.terms if t.past is not None)
             if size > KEPT:
                 return made
             self._made = made
         return self._made
+
+    def _make(self, past: Past, key: tuple, stored: list[Tensor]) -> Operands:
+        terms = [term for i in range(len(self.layers)) for term in self.of_layer(past, i)]
+        energy = math.fsum(term.energy for term in terms)
+        return Operands(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms], energy)
 
     def of_layer(self, past: Past, index: int) -> list[Term]:
         """The terms of one layer, from whole factors."""
@@ -94,15 +102,16 @@ class Terms:
         pasts = past.parts(layer)
         if pasts is None:
             return [Term(index, part, None, scaling) for part in range(layer.n_parts)]
+        wants_energy = self.config.normalize is not None or self.config.ella_lambda == "auto"
+        energies = [_squared_norm(past) if wants_energy else 0.0 for past in pasts]
         if self.config.normalize == "rms":
-            size = layer.shape[0] * layer.shape[1] * len(pasts)
-            mean_square = sum(map(_squared_norm, pasts)) / size
+            mean_square = sum(energies) / (layer.shape[0] * layer.shape[1] * len(pasts))
             if mean_square == 0:
                 return [Term(index, part, None, scaling) for part in range(len(pasts))]
             scaling /= math.sqrt(mean_square)
         if self.config.penalty_rank is not None:
             pasts = [_keep(past, self.config.penalty_rank) for past in pasts]
-        return [Term(index, part, past, scaling) for part, past in enumerate(pasts)]
+        return [Term(index, part, past, scaling, energies[part]) for part, past in enumerate(pasts)]
 
 
 def _squared_norm(past: ek.LowRank) -> float:

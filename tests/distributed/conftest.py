@@ -20,7 +20,8 @@ def trainers(kind):
 
 
 PENALTIES = [
-    "penalty=hadamard", "penalty=hadamard:past_rank=5", "penalty=hadamard:penalty_rank=2:normalize=rms",
+    "penalty=hadamard", "penalty=hadamard:past_rank=5:ella_lambda=auto",
+    "penalty=hadamard:penalty_rank=2:normalize=rms",
     "penalty=hadamard:reduction=mean:r=1", "penalty=spectral", "penalty=spectral:past_rank=3:r=1",
 ]  # fmt: skip
 PENALTIES = [f"options:penalty_of:{settings}" for settings in PENALTIES]

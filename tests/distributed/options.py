@@ -57,7 +57,8 @@ def penalty_of(folder, *settings):
         if name in options:
             options[name] = int(options[name])
     model = adapted("llama", r)
-    reg = regularized(model, 1.0, **{"normalize": None} | options)
+    strength = options.pop("ella_lambda", 1.0)
+    reg = regularized(model, strength, **{"normalize": None} | options)
     for seed in (1, 2, 3):
         randomise(model, seed)
         reg.end_task(f"task {seed}")

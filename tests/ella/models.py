@@ -70,14 +70,14 @@ def trained(model):
     return TASK if TASK in model.peft_config else "default"
 
 
-def randomise(model, seed, adapter=None):
-    """Fill the trained adapter (or another) as training would: every factor non-zero."""
+def randomise(model, seed, adapter=None, size=1.0):
+    """Fill the trained adapter (or another) as training would: every factor non-zero, updates of ``size``."""
     adapter = adapter or trained(model)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name and f".{adapter}" in name:
-                p.copy_(0.2 * torch.randn(p.shape, generator=gen))
+                p.copy_(0.2 * size**0.5 * torch.randn(p.shape, generator=gen))
 
 
 def ids(n=3, length=7, seed=0):

@@ -17,19 +17,20 @@ from safetensors.torch import load_file
 import ella_kernels as ek
 from ella import EllaConfig, EllaRegularizer
 from ella.checkpoint import PAST_FILE, load_past
+from ella.config import AUTO_LAMBDA
 from tests.ella.models import EXPERTS, add_deltas, deltas, ids, randomise, tiny
 from tests.kernels.cases import relative_error
 
 
-def model_with_past(config=None, tasks=2, **options):
+def model_with_past(config=None, tasks=2, size=1.0, **options):
     model = tiny(**options)
     reg = EllaRegularizer(model, config)
     total = {}
     for task in range(tasks):
-        randomise(model, 10 + task)
+        randomise(model, 10 + task, size=size)
         total = add_deltas(total, deltas(reg))
         reg.end_task(f"task {task}")
-    randomise(model, 99)
+    randomise(model, 99, size=size)
     return model, reg, total
 
 
@@ -46,6 +47,52 @@ def penalty_by_hand(reg, total, scale=lambda layer, parts: 1.0):
 
 def mean_square(parts):
     return sum(w.square().sum() for w in parts).item() / sum(w.numel() for w in parts)
+
+
+@pytest.mark.parametrize("penalty_rank", [None, 2])
+def test_auto_is_a_strength_relative_to_the_past(penalty_rank):
+    """AUTO_LAMBDA · N/E², E = ‖W_past‖_F² with what truncation left out."""
+    _, reg, total = model_with_past(EllaConfig(penalty_rank=penalty_rank, past_rank=6), **EXPERTS)
+    weights = [w for layer in reg.layers if layer.tied_to is None for w in total[layer.name]]
+    energy, size = sum(w.square().sum() for w in weights).item(), sum(w.numel() for w in weights)
+    # Energies that were dropped at different times add up without their cross terms.
+    assert reg.strength() == pytest.approx(AUTO_LAMBDA * size / energy**2, rel=0.05)
+    value = sum(reg.values().values())
+    assert reg.penalty().item() == pytest.approx(reg.strength() * value, rel=1e-5)
+    assert reg.add_gradient_().item() == pytest.approx(reg.strength() * value, rel=1e-5)
+    assert EllaConfig.from_dict(reg.config.to_dict()) == reg.config
+
+
+def test_auto_before_the_first_task():
+    reg = EllaRegularizer(tiny(targets=["up"]))
+    assert reg.config.ella_lambda == "auto" and reg.strength() == 0.0
+    assert reg.penalty().item() == 0.0 and reg.add_gradient_().item() == 0.0
+
+
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        ({"normalize": "rms"}, "normalize='rms'"),
+        ({"reduction": "mean"}, "reduction='mean'"),
+        ({"include_scaling": False}, "include_scaling=False"),
+    ],
+)
+def test_auto_has_its_own_conventions(options, found):
+    with pytest.raises(ValueError, match=f"ella_lambda='auto' is a strength for normalize=None, .*{found}"):
+        EllaConfig(**options)
+
+
+@pytest.mark.parametrize("factor", [0.1, 30.0])
+def test_auto_does_not_depend_on_the_size_of_updates(factor):
+    """Past and new update larger by one factor: the same penalty. With a number it grows with the fourth power."""
+    grown = {}
+    for strength in ("auto", 1.0):
+        values = [
+            model_with_past(EllaConfig(ella_lambda=strength), size=size)[1].penalty().item() for size in (1.0, factor)
+        ]
+        grown[strength] = values[1] / values[0]
+    assert grown["auto"] == pytest.approx(1, rel=1e-4)
+    assert grown[1.0] == pytest.approx(factor**4, rel=1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
