@@ -6,16 +6,24 @@ record the opening of one symbol's docstring. Sources are parsed with :mod:`ast`
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
-import os
 import re
-import sysconfig
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from .sources import (
+    MIN_CHARACTERS,
+    MIN_TEXTS,
+    docstrings,
+    label_pattern,
+    opening,
+    package_root,
+    parse,
+    python_files,
+    rank,
+    read_source,
+    split_task,
+    texts_needed,
+)
 from .tasks import Task, TaskError
 
 __all__ = ["AREAS", "docstring_tasks"]
@@ -78,19 +86,6 @@ AREAS: dict[str, tuple[str | None, tuple[tuple[str, tuple[str, ...]], ...]]] = {
     ),
 }
 
-_SKIPPED_FOLDERS = {
-    "__pycache__",
-    "site-packages",
-    "tests",
-    "test",
-    "testing_utils",
-    "idle_test",
-    "_vendor",
-}
-_MAX_CHARACTERS = 360
-_MIN_CHARACTERS = 40
-_MIN_TEXTS = 8  # of a class
-
 
 def docstring_tasks(
     areas: Sequence[str] = ("python", "transformers", "torch", "numpy"),
@@ -121,68 +116,31 @@ def _area_task(area: str, train_per_task: int, test_per_task: int, max_classes: 
     if area not in AREAS:
         raise TaskError(f"unknown docstring area {area!r}; expected one of {sorted(AREAS)}")
     package, candidates = AREAS[area]
-    root = _package_root(package)
+    root = package_root(package)
+    if root is None:
+        raise TaskError(f"package {package!r} is not installed; leave its area out or install it")
     n_classes = min(max_classes, len(candidates))
-    wanted = -(-train_per_task // n_classes) + -(-test_per_task // n_classes)
-    mask = _mask_pattern([label for label, _ in candidates])
+    wanted = texts_needed(n_classes, train_per_task, test_per_task)
+    mask = label_pattern([label for label, _ in candidates])
 
     texts: dict[str, dict[str, str]] = {}  # class -> text -> symbol
     for label, patterns in candidates:
         if len(texts) == n_classes:
             break
-        found = _collect(root, patterns, mask, max(2 * wanted, 2 * _MIN_TEXTS))
-        if len(found) >= max(wanted // 2, _MIN_TEXTS):
+        found = _collect(root, patterns, mask, max(2 * wanted, 2 * MIN_TEXTS))
+        if len(found) >= max(wanted // 2, MIN_TEXTS):
             texts[label] = found
     if len(texts) < 2:
         raise TaskError(
             f"docstring area {area!r}: only {sorted(texts)} below {root} have enough docstrings; expected two classes"
         )
-    counts: dict[str, int] = {}
-    for found in texts.values():
-        for text in found:
-            counts[text] = counts.get(text, 0) + 1
-
-    splits: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    for i, (label, found) in enumerate(texts.items()):
-        n_test, n_train = _share(test_per_task, len(texts), i), _share(train_per_task, len(texts), i)
-        usable = sorted(
-            ((s, t) for t, s in found.items() if counts[t] == 1),
-            key=lambda pair: _rank(pair[0]),
-        )
-        # A class short of text gives up the same share of both splits.
-        cut = min(n_test, round(len(usable) * n_test / max(n_test + n_train, 1)))
-        splits["test"] += [{"sentence": text, "label": label} for _, text in usable[:cut]]
-        splits["train"] += [{"sentence": text, "label": label} for _, text in usable[cut : cut + n_train]]
-    return Task(
-        name=area,
-        train=tuple(splits["train"]),
-        test=tuple(splits["test"]),
-        labels=tuple(texts),
-    )
-
-
-def _share(total: int, parts: int, index: int) -> int:
-    """The size of part ``index`` when ``total`` is spread evenly; the first parts take the remainder."""
-    return total // parts + (index < total % parts)
-
-
-def _package_root(package: str | None) -> Path:
-    if package is None:
-        return Path(sysconfig.get_paths()["stdlib"])
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise TaskError(f"package {package!r} is not installed; leave its area out or install it")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _rank(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+    return split_task(area, texts, train_per_task, test_per_task)
 
 
 def _collect(root: Path, patterns: Sequence[str], mask: re.Pattern[str], enough: int) -> dict[str, str]:
     """Up to about ``enough`` distinct texts below the patterns: ``{text: symbol}``, at most one per symbol."""
-    files = {path for pattern in patterns for match in root.glob(pattern) for path in _python_files(match)}
-    ordered = sorted(files, key=lambda path: _rank(path.relative_to(root).as_posix()))
+    files = {path for pattern in patterns for match in root.glob(pattern) for path in python_files(match)}
+    ordered = sorted(files, key=lambda path: rank(path.relative_to(root).as_posix()))
     found: dict[str, str] = {}
     symbols: set[str] = set()
     for path in ordered:
@@ -190,56 +148,12 @@ def _collect(root: Path, patterns: Sequence[str], mask: re.Pattern[str], enough:
             break
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         # One large file must not be a whole class.
-        for taken, (symbol, docstring) in enumerate(_docstrings(path)):
+        for taken, (symbol, docstring) in enumerate(docstrings(parse(read_source(path)))):
             if taken >= max(enough // 2, 8):
                 break
-            text = _opening(docstring, mask)
+            text = opening(docstring, mask)
             name = f"{module}.{symbol}"
-            if len(text) >= _MIN_CHARACTERS and name not in symbols and text not in found:
+            if len(text) >= MIN_CHARACTERS and name not in symbols and text not in found:
                 symbols.add(name)
                 found[text] = name
     return found
-
-
-def _python_files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        if path.suffix == ".py":
-            yield path
-        return
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """(qualified symbol, docstring) of a file's classes and functions, outermost first; nothing if unparsable."""
-    try:
-        with warnings.catch_warnings():  # invalid escapes in other people's sources
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return
-    queue: list[tuple[ast.AST, str]] = [(tree, "")]
-    for node, prefix in queue:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                docstring = ast.get_docstring(child)
-                if docstring:
-                    yield prefix + child.name, docstring
-                queue.append((child, f"{prefix}{child.name}."))
-
-
-def _opening(docstring: str, mask: re.Pattern[str]) -> str:
-    text = mask.sub("_", " ".join(docstring.split()))
-    if len(text) > _MAX_CHARACTERS:
-        text = text[:_MAX_CHARACTERS].rsplit(" ", 1)[0]
-    return text
-
-
-def _mask_pattern(labels: Sequence[str]) -> re.Pattern[str]:
-    """Identifiers that hold a class name; names under four letters only where they stand alone ("nn", "fx")."""
-    parts = []
-    for word in {word for label in labels for word in label.lower().split()}:
-        stem = word[:-1] if len(word) > 4 and word.endswith("s") else word
-        parts.append(rf"\w*{stem}\w*" if len(stem) >= 4 else rf"(?<![a-z0-9]){stem}(?![a-z0-9])")
-    return re.compile("|".join(sorted(parts, key=len, reverse=True)), re.IGNORECASE)
