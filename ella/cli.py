@@ -48,10 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="learn four real text tasks one after another, three ways, and report")
-    demo.add_argument("--data", metavar="DIR", help="benchmark folder <group>/<task>/*.json (default: docstrings)")
+    demo.add_argument("--data", metavar="DIR", help="benchmark folder <group>/<task>/*.json (default: installed code)")
     demo.add_argument("--order", type=_names, help="task names, comma-separated (with --data)")
     demo.add_argument("--seeds", type=_integers, default=(0,), help="comma-separated, or a-b (default 0)")
-    demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 400)")
+    demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 600)")
     demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 160)")
     demo.add_argument("--ella-lambda", type=float, metavar="X", help="strength of the penalty")
     demo.add_argument(

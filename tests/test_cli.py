@@ -80,11 +80,11 @@ def assert_report(folder, arms, tasks) -> dict:
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
-def test_demo_on_docstrings(cli, tmp_path):
+def test_demo_on_installed_code(cli, tmp_path):
     out_dir = tmp_path / "out"
     status, out, err = cli("demo", "--out", out_dir, *SMALL)
     assert (status, err) == (0, "")
-    tasks = ("python", "transformers", "torch", "numpy")
+    tasks = ("library", "exception", "type", "section")
     data = assert_report(out_dir, ("seqlora", "inclora", "ella"), tasks)
     for run in data["runs"]:
         assert [task["steps"] for task in run["tasks"]] == [1] * 4
@@ -95,8 +95,8 @@ def test_demo_on_docstrings(cli, tmp_path):
     for title in ("SeqLoRA\n", "IncLoRA\n", "ELLA\n", "OA", "BWT", "dense float32"):
         assert title in out, title
     assert re.search(r"the penalty takes \d+\.\d % of a \d+ ms step", out)
-    assert out.count("after transformers") == 3 and str(out_dir / "report.html") in out
-    assert "numpy 8/8, 6 classes" in data["notes"]["examples (train/test)"]
+    assert out.count("after exception") == 3 and str(out_dir / "report.html") in out
+    assert "section 8/8, 6 classes" in data["notes"]["examples (train/test)"]
 
 
 def test_demo_on_a_benchmark_folder(cli, tmp_path):

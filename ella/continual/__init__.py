@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .docstrings import docstring_tasks
 from .metrics import AccuracyMatrix
+from .questions import question_tasks
 from .tasks import Task, TaskError, load_benchmark, read_task
 
 # What needs a model loads on first use: reading tasks imports neither PEFT nor transformers.
@@ -34,6 +35,7 @@ __all__ = [
     "compare_arms",
     "docstring_tasks",
     "load_benchmark",
+    "question_tasks",
     "read_task",
     "run_stream",
 ]

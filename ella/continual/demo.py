@@ -9,12 +9,12 @@ from pathlib import Path
 from ella.config import EllaConfig
 
 from .compare import check_arms, compare_arms
-from .docstrings import docstring_tasks
 from .models import LoraSettings, build_classifier, packaged_minilm
+from .questions import question_tasks
 from .stream import StreamConfig, StreamResult
 from .tasks import Task, load_benchmark
 
-__all__ = ["BENCHMARK_ORDER", "DEMO_CONFIG", "DEMO_LAMBDA", "run_demo"]
+__all__ = ["BENCHMARK_ORDER", "DEMO_CONFIG", "DEMO_LAMBDA", "QUESTION_ORDER", "run_demo"]
 
 #: Penalty strength of the demo, one value for both data sources; dimensionless because of ``normalize="rms"``.
 DEMO_LAMBDA = 0.1
@@ -26,9 +26,10 @@ DEMO_CONFIG = StreamConfig(
 )
 DEMO_LORA = LoraSettings(r=8, alpha=16, target_modules=("query", "value"))
 MAX_LENGTH = 64
+QUESTION_ORDER = ("library", "exception", "type", "section")
 BENCHMARK_ORDER = ("dbpedia", "amazon", "agnews", "mnli")
 #: Per task, (train, test): small enough without --data for five minutes in all.
-DOCSTRING_SIZE, BENCHMARK_SIZE = (400, 160), (1000, 300)
+QUESTION_SIZE, BENCHMARK_SIZE = (600, 160), (1000, 300)
 
 
 def run_demo(
@@ -47,7 +48,7 @@ def run_demo(
     """Run the demo and write its report into ``out_dir``.
 
     Args:
-        data: a benchmark folder in the O-LoRA layout; None builds the tasks from installed docstrings.
+        data: a benchmark folder in the O-LoRA layout; None asks four questions about the installed code.
         order: task names, with ``data`` only.
         seeds: one full comparison per seed; the seed draws a benchmark's examples, their order and the adapters.
         train_examples, test_examples: per task; None takes the default of the data source.
@@ -62,14 +63,14 @@ def run_demo(
     check_arms(arms, seeds)
     ella = replace(DEMO_CONFIG.ella, ella_lambda=ella_lambda)
     packaged_minilm()  # a missing model is said before any work
-    size = BENCHMARK_SIZE if data else DOCSTRING_SIZE
+    size = BENCHMARK_SIZE if data else QUESTION_SIZE
     n_train, n_test = train_examples or size[0], test_examples or size[1]
     if data:
         tasks = load_benchmark(data, order)
         source = f"{data}: {', '.join(order)}"
     else:
-        tasks = docstring_tasks(train_per_task=n_train, test_per_task=n_test)
-        source = "docstrings of the standard library, transformers, torch and numpy, classified by module"
+        tasks = question_tasks(QUESTION_ORDER, train_per_task=n_train, test_per_task=n_test)
+        source = f"installed code, four questions: {', '.join(QUESTION_ORDER)}"
 
     def tasks_of_seed(seed: int) -> list[Task]:
         return [task.subset(n_train, n_test, seed) for task in tasks]

@@ -97,7 +97,9 @@ def question_tasks(
             raise TaskError(f"unknown question {name!r}; expected one of {sorted(QUESTIONS)}")
     roots = {library: root for library, package in LIBRARIES.items() if (root := package_root(package)) is not None}
     needed = {name: texts_needed(len(QUESTIONS[name].labels), train_per_task, test_per_task) for name in names}
-    found = _collect(roots, {name: max(count + count // 8, MIN_TEXTS) for name, count in needed.items()})
+    found = _collect(
+        roots, {name: max(count + count // 8 + _MAX_PER_FILE, MIN_TEXTS) for name, count in needed.items()}
+    )
     tasks = []
     for name in names:
         least = max(needed[name] // 2, MIN_TEXTS)

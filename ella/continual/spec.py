@@ -17,6 +17,7 @@ from .arms import arm_class
 from .checks import MIN_LENGTH, check_count, check_kind, check_temperature, check_template, float_dtype
 from .docstrings import docstring_tasks
 from .models import LoraSettings, TextClassifier, build_classifier
+from .questions import question_tasks
 from .stream import StreamConfig
 from .tasks import ORDERS, Task, load_benchmark, read_task
 
@@ -54,7 +55,8 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Section ``tasks``: one of ``benchmark`` (with ``order``), ``folders`` or ``docstrings``, and sizes.
+    """Section ``tasks``: one of ``benchmark`` (with ``order``), ``folders``, ``docstrings`` or
+    ``questions``, and sizes.
 
     ``order`` is a list of names or the name of an order of the literature, e.g. "standard-1".
     """
@@ -63,6 +65,7 @@ class TaskSettings:
     order: list | str | None = None
     folders: list | None = None
     docstrings: list | None = None
+    questions: list | None = None
     train_examples: int | None = None
     test_examples: int | None = None
 
@@ -75,6 +78,8 @@ class TaskSettings:
             return [read_task(base / folder) for folder in self.folders]
         sizes = {"train_per_task": self.train_examples, "test_per_task": self.test_examples}
         given = {name: size for name, size in sizes.items() if size is not None}
+        if self.questions is not None:
+            return question_tasks(self.questions, **given)
         return docstring_tasks(self.docstrings or (), **given)
 
 
@@ -148,7 +153,7 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
     data = _mapping(data, "the file")
     _known_keys(data, known, "the file")
     if "tasks" not in data:
-        raise SpecError("section 'tasks' is missing; expected benchmark, folders or docstrings")
+        raise SpecError("section 'tasks' is missing; expected benchmark, folders, docstrings or questions")
 
     lora_data = _mapping(data.get("lora"), "lora")
     if lora_data.get("target_modules") is not None and not isinstance(lora_data["target_modules"], str):
@@ -183,16 +188,18 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
 
 
 def _check_tasks(tasks: TaskSettings) -> None:
-    given = [name for name in ("benchmark", "folders", "docstrings") if getattr(tasks, name) is not None]
+    given = [name for name in ("benchmark", "folders", "docstrings", "questions") if getattr(tasks, name) is not None]
     if len(given) != 1:
-        raise SpecError(f"tasks: expected exactly one of benchmark, folders, docstrings; found {given or 'none'}")
+        raise SpecError(
+            f"tasks: expected exactly one of benchmark, folders, docstrings, questions; found {given or 'none'}"
+        )
     if (tasks.order is not None) != (tasks.benchmark is not None):
         raise SpecError("tasks: 'order' belongs to 'benchmark', and 'benchmark' needs it")
     if isinstance(tasks.order, str) and tasks.order not in ORDERS:
         raise SpecError(
             f"tasks.order: unknown order {tasks.order!r}; expected a list of names or one of {sorted(ORDERS)}"
         )
-    for name in ("order", "folders", "docstrings"):
+    for name in ("order", "folders", "docstrings", "questions"):
         value = getattr(tasks, name)
         if value is not None and not (name == "order" and isinstance(value, str)):
             _list(value, str, f"tasks.{name}")

@@ -1,8 +1,8 @@
 """Text classification tasks: records in, a checked :class:`Task` out.
 
-Three sources: the O-LoRA benchmark layout on disk (:func:`read_task`, :func:`load_benchmark`), any
-``datasets.Dataset`` or list of records (:meth:`Task.from_records`), and the docstrings every Python installation
-carries (:mod:`ella.continual.docstrings`).
+Its sources: the O-LoRA benchmark layout on disk (:func:`read_task`, :func:`load_benchmark`), any
+``datasets.Dataset`` or list of records (:meth:`Task.from_records`), and the code every Python installation
+carries (:mod:`ella.continual.questions`, :mod:`ella.continual.docstrings`).
 """
 
 from __future__ import annotations

@@ -115,6 +115,6 @@ def test_a_broken_source_file_is_passed_over(tmp_path, monkeypatch):
         body = "".join(f'def f{i}():\n    r"""Text {i} of part {part}, {"long enough " * 4}"""\n\n' for i in range(20))
         (tmp_path / part / "whole.py").write_text(body)
     monkeypatch.setitem(AREAS, "own", ("own", (("first", ("one",)), ("second", ("two",)))))
-    monkeypatch.setattr(module, "_package_root", lambda package: tmp_path)
+    monkeypatch.setattr(module, "package_root", lambda package: tmp_path)
     (task,) = docstring_tasks(["own"], train_per_task=8, test_per_task=4)
     assert (len(task.train), len(task.test)) == (8, 4)

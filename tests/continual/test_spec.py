@@ -82,7 +82,7 @@ GOOD = {"tasks": {"docstrings": ["numpy"]}}
     [
         ([], "the file: expected keys with values, found list"),
         (None, "section 'tasks' is missing"),
-        ({"tasks": None}, "tasks: expected exactly one of benchmark, folders, docstrings; found none"),
+        ({"tasks": None}, "tasks: expected exactly one of benchmark, folders, docstrings, questions; found none"),
         ({**GOOD, "task": 1, 7: 2}, r"the file: unknown keys \['7', 'task'\]; known are \['arms', 'ella'"),
         ({**GOOD, "model": {"paths": "x"}}, r"model: unknown keys \['paths'\]; known are"),
         ({**GOOD, "lora": {"rank": 8}}, r"lora: unknown keys \['rank'\]"),
