@@ -204,7 +204,7 @@ def _message(node: ast.expr) -> str | None:
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "_" for part in node.values)
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = _message(node.left), _message(node.right)
         return None if left is None and right is None else (left or "_") + (right or "_")
@@ -230,7 +230,8 @@ _TYPES = {
 _LABEL_OF_TYPE = {name: label for label, names in _TYPES.items() for name in names}
 _TYPE_MASK = label_pattern(["int ints integer str string bool bools boolean tensor list float true false"])
 _DEFAULT = re.compile(
-    r"[(\[]defaults?\b[^()\[\]]*[)\]]|\b(?:the )?defaults?(?: value)?(?:\s+is|\s+to|\s*[:=])\s*[^\s,;]+", re.IGNORECASE
+    r"\s*[(\[]defaults?\b[^()\[\]]*[)\]]|\b(?:the )?defaults?(?: value)?(?:\s+is|\s+to|\s*[:=])\s*[^\s,;]+",
+    re.IGNORECASE,
 )
 _OPTIONAL = re.compile(r"^(?:optional|\*optional\*|defaults?\b.*|required|\*required\*|keyword-only)$", re.IGNORECASE)
 

@@ -100,7 +100,7 @@ try: pass
 finally:
     raise TypeError("%s is no %5.2f of these kinds" % (a, b))
 match x:
-    case 1: raise NotImplementedError("{} is not implemented for {x!r} yet".format(a, x=1))
+    case 1: raise NotImplementedError("{} is not implemented for the kind {x!r} yet".format(a, x=1))
 raise RuntimeError
 raise RuntimeError(message)
 raise RuntimeError("too short")
@@ -109,7 +109,7 @@ raise KeyError("not one of the five that are asked for")
     assert read("exception", text) == [
         ("ValueError", "expected _ heads of a _, _"),
         ("TypeError", "_ is no _ of these kinds"),
-        ("NotImplementedError", "_ is not _ for _ yet"),
+        ("NotImplementedError", "_ is not _ for the kind _ yet"),
     ]
 
 
@@ -118,7 +118,7 @@ def test_type_texts():
     """Two styles.
 
     Args:
-        width (`int`, *optional*, defaults to 64): An integer width of the hidden layers. Defaults to 64.
+        width (`int`, *optional*, defaults to 64): An integer width of all of the hidden layers. Defaults to 64.
         names (List[str]):
             How the columns of the whole table are called.
         either (int or float): Not one type, so it is left out of this.
@@ -141,10 +141,10 @@ def g():
     """
 '''
     assert read("type", text) == [
-        ("int", "width: An _ width of the hidden layers. ."),
+        ("int", "width: An _ width of all of the hidden layers."),
         ("list", "names: How the columns of the whole table are called."),
         ("tensor", "mask: Where the _ is padded, _ or _ for each."),
-        ("float", "rate: The share of units that are dropped ."),
+        ("float", "rate: The share of units that are dropped."),
     ]
 
 
