@@ -53,12 +53,12 @@ def trained_layers(penalised: bool, *, tasks: int = 8, examples: int = 64, epoch
     Args:
         penalised: train with the ELLA penalty, which moves the update away from the past, or without.
     """
-    from ella.continual.demo import DEMO_LAMBDA, DEMO_LORA, MAX_LENGTH
+    from ella.continual.demo import DEMO_LORA, MAX_LENGTH
     from ella.continual.models import build_classifier
 
     torch.manual_seed(0)
     classifier = build_classifier(lora=DEMO_LORA, max_length=MAX_LENGTH)
-    reg = EllaRegularizer(classifier.model, EllaConfig(ella_lambda=DEMO_LAMBDA, normalize="rms"))
+    reg = EllaRegularizer(classifier.model, EllaConfig())
     parameters = [p for p in classifier.model.parameters() if p.requires_grad]
     chosen = _tasks(tasks, examples)
     for index, task in enumerate(chosen):

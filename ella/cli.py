@@ -53,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=_integers, default=(0,), help="comma-separated, or a-b (default 0)")
     demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 600)")
     demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 160)")
-    demo.add_argument("--ella-lambda", type=float, metavar="X", help="strength of the penalty")
+    demo.add_argument(
+        "--ella-lambda", type=_strength, default="auto", metavar="X", help="of the penalty (default auto)"
+    )
     demo.add_argument(
         "--arms",
         type=_names,
@@ -120,7 +122,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from ella.continual.demo import BENCHMARK_ORDER, DEMO_LAMBDA, run_demo
+    from ella.continual.demo import BENCHMARK_ORDER, run_demo
 
     if arguments.order and not arguments.data:
         raise ValueError("--order names tasks of a benchmark folder; give it with --data DIR")
@@ -131,7 +133,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         train_examples=arguments.train_examples,
         test_examples=arguments.test_examples,
-        ella_lambda=DEMO_LAMBDA if arguments.ella_lambda is None else arguments.ella_lambda,
+        ella_lambda=arguments.ella_lambda,
         arms=arguments.arms,
         out_dir=arguments.out,
         resume=arguments.resume,
@@ -254,6 +256,10 @@ def _integers(text: str) -> tuple[int, ...]:
     if not values:
         raise argparse.ArgumentTypeError(f"expected integers like 0,1,2 or 0-2, found {text!r}")
     return tuple(values)
+
+
+def _strength(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def _positive(text: str) -> int:

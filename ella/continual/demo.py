@@ -14,18 +14,11 @@ from .questions import question_tasks
 from .stream import StreamConfig, StreamResult
 from .tasks import Task, load_benchmark
 
-__all__ = ["BENCHMARK_ORDER", "DEMO_CONFIG", "DEMO_LAMBDA", "QUESTION_ORDER", "run_demo"]
+__all__ = ["BENCHMARK_ORDER", "DEMO_CONFIG", "QUESTION_ORDER", "run_demo"]
 
-#: Penalty strength of the demo, one value for both data sources; dimensionless because of ``normalize="rms"``.
-DEMO_LAMBDA = 0.1
-DEMO_CONFIG = StreamConfig(
-    learning_rate=2e-3,
-    epochs=1,
-    batch_size=16,
-    ella=EllaConfig(ella_lambda=DEMO_LAMBDA, normalize="rms"),
-)
+DEMO_CONFIG = StreamConfig(learning_rate=2e-3, epochs=1, batch_size=16)
 DEMO_LORA = LoraSettings(r=8, alpha=16, target_modules=("query", "value"))
-MAX_LENGTH = 64
+MAX_LENGTH = 48
 QUESTION_ORDER = ("library", "exception", "type", "section")
 BENCHMARK_ORDER = ("dbpedia", "amazon", "agnews", "mnli")
 #: Per task, (train, test): small enough without --data for five minutes in all.
@@ -39,7 +32,7 @@ def run_demo(
     seeds: Sequence[int] = (0,),
     train_examples: int | None = None,
     test_examples: int | None = None,
-    ella_lambda: float = DEMO_LAMBDA,
+    ella_lambda: float | str = "auto",
     arms: Sequence[str] = ("seqlora", "inclora", "ella"),
     out_dir: str | Path = "demo_out",
     resume: bool = False,
@@ -52,7 +45,7 @@ def run_demo(
         order: task names, with ``data`` only.
         seeds: one full comparison per seed; the seed draws a benchmark's examples, their order and the adapters.
         train_examples, test_examples: per task; None takes the default of the data source.
-        ella_lambda: strength of the ELLA arm.
+        ella_lambda: strength of the ELLA arm, see :class:`~ella.EllaConfig`.
         arms: see :data:`ella.continual.arms.ARMS`; "alone" adds the second forward transfer.
         out_dir: report and states; earlier states of these arms and seeds there are deleted unless ``resume``.
         resume: continue an interrupted demo with the same settings.
@@ -61,7 +54,6 @@ def run_demo(
     Raises ImportError without the packaged model, TaskError for data that cannot be used, ValueError for bad settings.
     """
     check_arms(arms, seeds)
-    ella = replace(DEMO_CONFIG.ella, ella_lambda=ella_lambda)
     packaged_minilm()  # a missing model is said before any work
     size = BENCHMARK_SIZE if data else QUESTION_SIZE
     n_train, n_test = train_examples or size[0], test_examples or size[1]
@@ -79,10 +71,9 @@ def run_demo(
         f"{t.name} {len(t.train)}/{len(t.test)}, {len(t.labels)} classes" for t in tasks_of_seed(seeds[0])
     )
     return compare_arms(
-        # The recorded numbers are of MNLI's pairs cut at their end.
-        lambda: build_classifier(lora=DEMO_LORA, max_length=MAX_LENGTH, keep_ends=False),
+        lambda: build_classifier(lora=DEMO_LORA, max_length=MAX_LENGTH),
         tasks_of_seed,
-        replace(DEMO_CONFIG, ella=ella),
+        replace(DEMO_CONFIG, ella=EllaConfig(ella_lambda=ella_lambda)),
         arms=arms,
         seeds=seeds,
         out_dir=out_dir,
@@ -91,7 +82,7 @@ def run_demo(
             "data": source,
             "examples (train/test)": sizes,
             "model": "all-MiniLM-L6-v2, LoRA r = 8 on query and value, labels scored by cosine",
-            "λ": f"{ella_lambda:g} ({ella.normalize or 'no'} normalisation, {ella.reduction} over layers)",
+            "λ": f"{ella_lambda}",
         },
         resume=resume,
         progress=progress,
