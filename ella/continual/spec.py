@@ -231,6 +231,8 @@ def _typed(value: Any, default: Any, annotation: str, where: str) -> Any:
         try:
             return float(str(value) if isinstance(value, bool) else value)
         except (OverflowError, TypeError, ValueError):
+            if "str" in annotation and isinstance(value, str):
+                return value
             raise SpecError(f"{where}: expected a number, found {value!r}") from None
     if annotation.startswith("int") and (not isinstance(value, int) or isinstance(value, bool)):
         raise SpecError(f"{where}: expected an integer, found {value!r}")

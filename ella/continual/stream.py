@@ -7,6 +7,7 @@ and methods with the same seed see the same batches.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -25,6 +26,7 @@ from ella.regularizer import EllaRegularizer
 
 from .arms import OLD_NAMES, Arm, FoldingArm, arm_class, arm_settings, task_seed
 from .checks import check_count, check_number
+from .first import FirstTask
 from .metrics import NAN, AccuracyMatrix
 from .models import EncodedTask, TextClassifier
 from .state import StreamState
@@ -85,10 +87,18 @@ class StreamConfig:
         """All settings as plain json."""
         return asdict(self)
 
+    def shared(self) -> dict[str, Any]:
+        """The settings of all methods."""
+        own = ("arm", "label", "order", "settings", "ella")
+        return {name: value for name, value in self.to_dict().items() if name not in own}
+
     def identity(self) -> dict[str, Any]:
         """The settings that this run's numbers depend on."""
-        shared = {k: v for k, v in self.to_dict().items() if k not in ("label", "order", "settings", "ella")}
-        return shared | arm_class(self.arm).identity(*arm_settings(self.arm, self.settings, self.ella))
+        return (
+            self.shared()
+            | {"arm": self.arm}
+            | arm_class(self.arm).identity(*arm_settings(self.arm, self.settings, self.ella))
+        )
 
     def make_arm(self, classifier: TextClassifier, train: Callable[[int], EncodedTask]) -> Arm:
         """The method, around a freshly built classifier."""
@@ -101,8 +111,10 @@ class StreamResult:
     """What a run leaves: the matrix, one dict per task of costs and losses, and the sizes of the past.
 
     ``tasks[i]`` holds ``name``, ``steps``, ``seconds`` (training), ``penalty_seconds``, ``loss`` and ``penalty``
-    (means over the last fifth of the steps) and ``evaluation_seconds``. ``state_bytes`` are those of the stored past
-    factors, ``dense_bytes`` what a float32 (out, in) past of the same layers would take.
+    (means over the last fifth of the steps), ``evaluation_seconds``, ``state_bytes`` (what is carried on after it),
+    ``peak_bytes`` (of the GPU, else of the process), and for methods with a past ``interference``,
+    ``‖ΔW ⊙ W_past‖_F²`` of its update by layer, normalised as ``ella`` says. ``state_bytes`` are those after the last
+    task, ``dense_bytes`` what a float32 (out, in) past of the same layers would take.
     """
 
     config: dict[str, Any]
@@ -143,6 +155,7 @@ def run_stream(
     out_dir: str | Path | None = None,
     *,
     untrained: Sequence[float] | None = None,
+    first_dir: str | Path | None = None,
     progress: bool = True,
     on_task_end: Callable[[int, StreamResult], None] | None = None,
 ) -> StreamResult:
@@ -156,6 +169,8 @@ def run_stream(
             last finished task and ends with the same matrix as an unbroken one (with ``keep_past="merge"`` up to
             the rounding of merging the tasks at once).
         untrained: scores of the model before training, where they are known; measured here if None.
+        first_dir: where the adapter after the first task is kept for other methods: what begins as plain LoRA, with the
+            same seed, settings, model and examples, takes it from there instead of training it again.
         progress: show tqdm bars.
         on_task_end: called with (task index, result so far) once a task is evaluated and saved.
 
@@ -176,11 +191,15 @@ def run_stream(
         "tasks": {task.name: task.fingerprint() for task in tasks},
         "order": names,
     }
+    first = None
+    if first_dir is not None and arm_class(config.arm).begins_plain:
+        begun = {"config": config.shared(), "model": run["model"], "first": tasks[0].fingerprint()}
+        first = FirstTask(first_dir, json.loads(json.dumps(begun)))
     if out_dir is None:
-        return _run_tasks(classifier, tasks, config, None, untrained, progress, on_task_end)
+        return _run_tasks(classifier, tasks, config, None, first, untrained, progress, on_task_end)
     state = StreamState(out_dir, run)
     with state.running():
-        return _run_tasks(classifier, tasks, config, state, untrained, progress, on_task_end)
+        return _run_tasks(classifier, tasks, config, state, first, untrained, progress, on_task_end)
 
 
 def _run_tasks(
@@ -188,6 +207,7 @@ def _run_tasks(
     tasks: Sequence[Task],
     config: StreamConfig,
     state: StreamState | None,
+    first: FirstTask | None,
     untrained: Sequence[float] | None,
     progress: bool,
     on_task_end: Callable[[int, StreamResult], None] | None,
@@ -216,7 +236,10 @@ def _run_tasks(
         task = tasks[index]
         arm.before_task(index)
         label = f"{config.name}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
-        record = {"name": task.name} | _train(arm, config, index, label, progress)
+        record = {"name": task.name} | _trained(arm, first if index == 0 else None, config, index, label, progress)
+        interference = arm.interference(index)
+        if interference is not None:
+            record["interference"] = interference
         arm.after_task(index, task.name)
         start = time.perf_counter()
         result.matrix.add_row(_evaluate(arm, result.matrix, test, config, index))
@@ -245,6 +268,18 @@ class _Encoded:
         if index not in self._made:
             self._made[index] = _encode(self._classifier, self._tasks[index], "train")
         return self._made[index]
+
+
+def _trained(
+    arm: Arm, first: FirstTask | None, config: StreamConfig, index: int, label: str, progress: bool
+) -> dict[str, Any]:
+    """Train a task, or take what another method has trained; what it cost."""
+    record = None if first is None else first.load(arm)
+    if record is None:
+        record = _train(arm, config, index, label, progress)
+        if first is not None:
+            first.save(arm, record)
+    return record
 
 
 def _train(arm: Arm, config: StreamConfig, index: int, label: str, progress: bool) -> dict[str, Any]:

@@ -354,3 +354,42 @@ def test_generators_run_a_stream(kind, request, tmp_path):
     assert min(result.matrix.rows[0][0], result.matrix.rows[1][1]) >= 50.0, result.matrix.rows
     again = run_stream(build(), TASKS, config, tmp_path, progress=False)
     assert again.to_dict() == result.to_dict()
+
+
+def test_interference_is_told_by_layer(arms):
+    for arm in ("inclora", "ella"):
+        _, result, pasts = arms[arm]
+        first, second = (task["interference"] for task in result.tasks)
+        assert set(first.values()) == {0.0} and len(second) == len(pasts[0])
+        for (name, w), value in zip(pasts[0].items(), second.values(), strict=True):
+            want = float(((pasts[1][name] - w) * w / w.square().mean().sqrt()).square().sum())
+            assert value == pytest.approx(want, rel=1e-4), name
+    assert sum(arms["ella"][1].tasks[1]["interference"].values()) < sum(
+        arms["inclora"][1].tasks[1]["interference"].values()
+    )
+    assert "interference" not in arms["seqlora"][1].tasks[1]
+
+
+def test_the_first_task_is_trained_once(bert, arms, tmp_path):
+    """Methods that begin alike take it from the first that trained it, and end as if they had not."""
+    for arm, (_, whole, _) in arms.items():
+        shared = watched(bert)
+        result = run_stream(shared, TASKS, replace(CONFIG, arm=arm), first_dir=tmp_path, progress=False)
+        assert result.matrix.to_dict() == whole.matrix.to_dict()
+        assert [t["loss"] for t in result.tasks] == [t["loss"] for t in whole.tasks]
+        assert len(shared.rows) == (2 * STEPS if arm == "seqlora" else STEPS)
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, tasks", [({"seed": 1}, TASKS), ({"learning_rate": 2e-2}, TASKS), ({}, TASKS[::-1]), ({}, TASKS[:1])]
+)
+def test_another_first_task_is_trained_anew(bert, tmp_path, changes, tasks):
+    config = replace(CONFIG, arm="seqlora", epochs=1)
+    for _ in range(2):
+        first = watched(bert)
+        run_stream(first, TASKS, config, first_dir=tmp_path, progress=False)
+    assert len(first.rows) == STEPS // 4
+    other = watched(bert)
+    run_stream(other, tasks, replace(config, **changes), first_dir=tmp_path, progress=False)
+    assert len(other.rows) == (0 if tasks == TASKS[:1] else 2 * STEPS // 4)

@@ -57,6 +57,8 @@ class Arm:
     title: ClassVar[str] = ""
     #: What it is given that a continual stream does not have: "task ids", "earlier examples", or nothing.
     given: ClassVar[str] = ""
+    #: Whether its first task is plain LoRA, which is then trained once for all such methods.
+    begins_plain: ClassVar[bool] = True
     ella_fields: ClassVar[tuple[str, ...]] = ()
     Settings: ClassVar[type] = NoSettings
 
@@ -91,6 +93,10 @@ class Arm:
 
     def extra_gradient(self, index: int) -> Tensor | None:
         """Add to ``.grad``, after the task's gradient and before clipping; returns the term of the loss, 0-dim."""
+        return None
+
+    def interference(self, index: int) -> dict[str, float] | None:
+        """``‖ΔW ⊙ W_past‖_F²`` of the trained task by layer, before :meth:`after_task`; None without a past."""
         return None
 
     def after_task(self, index: int, name: str) -> None:
@@ -161,6 +167,9 @@ class FoldingArm(Arm):
     def before_task(self, index: int) -> None:
         if index > 0:
             self.fresh_adapter(index)
+
+    def interference(self, index: int) -> dict[str, float] | None:
+        return self.past.values()
 
     def after_task(self, index: int, name: str) -> None:
         self.past.end_task(name)

@@ -46,6 +46,7 @@ class Joint(Arm):
 
     title = "joint training"
     given = "earlier examples"
+    begins_plain = False
 
     def batches(self, index: int, batch_size: int, seed: int) -> list[Batch]:
         if index < self.n_tasks - 1:
