@@ -20,7 +20,7 @@ def test_the_example_loads():
     spec = load_spec(EXAMPLE)
     assert spec.arms == ("inclora", "ella") and spec.seeds == (0,) and spec.out == "stream_out"
     assert spec.tasks.docstrings == ["python", "transformers", "torch"]
-    assert spec.config.ella.normalize == "rms" and spec.config.ella.ella_lambda == 0.1
+    assert spec.config.ella.normalize is None and spec.config.ella.ella_lambda == "auto"
     assert spec.config.learning_rate == 2e-3 and spec.config.dropout is False
     assert spec.model.max_length == 64 and spec.lora.target_modules == ("query", "value")
     assert spec.base == EXAMPLE.parent
