@@ -32,7 +32,7 @@ class OLora(FoldingArm):
     The gradient is ``λ₁ sign(A_t A_iᵀ) A_i``, for A alone. The rows of every A stay as they were trained, so what is
     carried grows by an A of every layer per task, whatever ``past_rank`` caps the finished tasks at.
 
-    Left out: the paper's code can also penalise the norms of the new factors (λ₂), which its scripts mostly set to 0.
+    Left out: the penalty on the norms of the new factors (λ₂) that the code offers beside this one.
     """
 
     title = "O-LoRA"

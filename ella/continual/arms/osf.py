@@ -41,6 +41,8 @@ class Osf(Arm):
     are) that grows with the tasks. The projection is of the gradient: AdamW, with which all methods are trained, scales
     it entry by entry, so the steps leave the subspace a little, as does weight decay.
 
+    Between tasks ``classifier.model`` is the base model itself, a PeftModel only while a task is trained.
+
     Raises ValueError for a layer that is no plain linear one, or whose weight is another module's too.
     """
 
