@@ -55,7 +55,8 @@ def test_no_letter_stands_for_two_things():
 
 
 def test_the_page_for_extensions_names_what_there_is():
-    folders = ("ella", "ella/continual", "ella_kernels", "ella_kernels/torch_backend", "ella_kernels/triton_backend")
+    continual = ("ella/continual", "ella/continual/arms")
+    folders = ("ella", *continual, "ella_kernels", "ella_kernels/torch_backend", "ella_kernels/triton_backend")
     code = "".join(map(source, folders)) + source("tests/kernels") + source("tests/ella") + source("bench")
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     names = {name.rpartition(".")[2] for name in re.findall(r"`(_?[A-Za-z_.]*[A-Z_][A-Za-z_]*)`", text)}

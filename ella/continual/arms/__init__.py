@@ -10,7 +10,14 @@ from ella.config import EllaConfig
 
 from .base import Arm, Batch, FoldingArm, task_seed
 from .ella import Ella
+from .ewc import Ewc
+from .lines import Lines
+from .nlora import NLora
+from .olora import OLora
+from .osf import Osf
 from .plain import IncLora, Joint, Separate, SeqLora
+from .replay import Replay
+from .slao import Slao
 
 __all__ = ["ARMS", "Arm", "Batch", "FoldingArm", "arm_class", "arm_settings", "task_seed"]
 
@@ -18,6 +25,13 @@ ARMS: dict[str, type[Arm]] = {
     "seqlora": SeqLora,
     "inclora": IncLora,
     "ella": Ella,
+    "olora": OLora,
+    "nlora": NLora,
+    "lines": Lines,
+    "ewc": Ewc,
+    "slao": Slao,
+    "osf": Osf,
+    "replay": Replay,
     "alone": Separate,
     "joint": Joint,
 }
