@@ -7,7 +7,6 @@ import logging
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ __all__ = ["build_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 refused input (said on stderr), 2 wrong usage, 130 ^C."""
+    """Run one command and return its exit status: 0 done, 1 refused input or failed runs (said on stderr), 2 wrong usage, 130 ^C."""
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)
@@ -65,8 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--resume", action="store_true", help="continue an interrupted demo in --out")
     demo.set_defaults(command=_demo)
 
-    run = commands.add_parser("run", help="a continual run described by a yaml file")
+    run = commands.add_parser("run", help="continual runs described by a yaml file: arms, orders and seeds")
     run.add_argument("stream", metavar="STREAM.yaml")
+    run.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="runs at a time, each a process (default 1)"
+    )
+    run.add_argument("--only", type=_names, metavar="ARMS", help="run and report these arms only, comma-separated")
+    run.add_argument("--seeds", type=_integers, help="instead of the file's: comma-separated, or a-b")
     run.set_defaults(command=_run)
 
     for sub, out in ((demo, "demo_out"), (run, None)):
@@ -142,33 +146,32 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from ella.continual.compare import compare_arms
+    from ella.continual.compare import run_cells
     from ella.continual.spec import load_spec
 
-    spec = load_spec(arguments.stream)
+    spec = load_spec(arguments.stream).chosen(arguments.only, arguments.seeds)
     _prepare(arguments)
-    compare_arms(
-        spec.build,
-        spec.tasks_of_seed(),
-        spec.config,
-        arms=spec.arms,
-        seeds=spec.seeds,
+    cells = spec.cells()
+    for order, names in spec.loaded.left_out.items():
+        if names:
+            print(f"{order or 'tasks'}: without {', '.join(names)}, which {spec.tasks.benchmark} does not have")
+    run_cells(
+        spec,
+        cells,
         out_dir=arguments.out or spec.out,
         title=spec.title,
-        notes={"stream": str(arguments.stream), "model": spec.model.path or "the packaged MiniLM"},
+        notes={"stream": str(arguments.stream), **spec.notes()},
+        jobs=arguments.jobs,
+        threads=arguments.threads,
+        report_to=spec.report_to,
         progress=not arguments.quiet,
     )
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    import torch
-    from transformers.utils import logging as transformers_logging
+    from ella.continual.workers import prepare_process
 
-    transformers_logging.disable_progress_bar()
-    # PEFT's call of an older transformers name: nothing that a user of the command can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    prepare_process(arguments.threads)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,19 @@
-"""Several arms and seeds over the same tasks, printed side by side and written as one report."""
+"""A grid of runs, arms by orders by seeds: each run once, wherever it was stopped, and one report of them all."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import math
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
+
+from ella.atomic import make_folder, write_text_atomically
 
 from .arms import arm_class
 from .models import TextClassifier
@@ -15,8 +22,60 @@ from .running import one_run
 from .state import StreamState
 from .stream import StreamConfig, StreamResult, run_stream
 from .tasks import Task
+from .tracking import Tracker, check_integrations
+from .workers import Failure, in_processes, prepare_process
 
-__all__ = ["check_arms", "compare_arms", "run_folder"]
+__all__ = ["Cell", "CellsFailed", "Source", "check_arms", "check_cells", "compare_arms", "run_cells"]
+
+#: What is wrong with a whole file system: no other run could be written either.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+TRACEBACK = "traceback.txt"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: ``config`` says method, label, settings, order and seed; ``tasks`` are names, in order."""
+
+    config: StreamConfig
+    tasks: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """``<order>-<label>-<seed>``, without an order that has no name, fit to be a folder's."""
+        parts = (self.config.order, self.config.name, str(self.config.seed))
+        return "-".join(_file_name(part) for part in parts if part)
+
+    def folder(self, out_dir: str | Path) -> Path:
+        """Where the state of the run is kept."""
+        return Path(out_dir) / "runs" / self.name
+
+
+class Source(Protocol):
+    """What cells are run with; picklable where several processes are asked for."""
+
+    def build(self) -> TextClassifier:
+        """A fresh classifier."""
+
+    def tasks_of(self, cell: Cell) -> list[Task]:
+        """The tasks of a cell with their examples, in order."""
+
+
+class CellsFailed(ValueError):
+    """Some runs of a grid failed, all others are done; the message names them."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A :class:`Source` made of functions."""
+
+    make: Callable[[], TextClassifier]
+    of_seed: Mapping[int, list[Task]]
+
+    def build(self) -> TextClassifier:
+        return self.make()
+
+    def tasks_of(self, cell: Cell) -> list[Task]:
+        return self.of_seed[cell.config.seed]
 
 
 def compare_arms(
@@ -33,7 +92,7 @@ def compare_arms(
     progress: bool = True,
     echo: Callable[[str], None] = print,
 ) -> list[StreamResult]:
-    """Run every arm with every seed and write ``report.html`` and ``report.json`` into ``out_dir``.
+    """Run every arm with every seed and write one report into ``out_dir``.
 
     Args:
         build: makes a fresh classifier; called once per run.
@@ -41,83 +100,257 @@ def compare_arms(
         config: what the arms share; ``arm`` and ``seed`` are replaced.
         arms, seeds: what to run, in this order.
         out_dir: the runs' states go to ``out_dir/runs/<arm>-<seed>``; a finished one is not run again.
-        title, notes: shown in the report.
-        resume: False forgets earlier states of these arms and seeds first.
-        progress, echo: tqdm bars; where text goes.
+        title, notes, resume, progress, echo: see :func:`run_cells`.
 
-    Returns one result per arm and seed. Raises ValueError for no, unknown or repeated arms and seeds, OSError when
-    another process is running in ``out_dir`` or nothing can be written there.
+    Returns one result per arm and seed. Raises ValueError for no, unknown or repeated arms and seeds, and as
+    :func:`run_cells` does.
     """
     check_arms(arms, seeds)
-    with one_run(out_dir):
-        if not resume:
-            for arm in arms:
-                for seed in seeds:
-                    StreamState(run_folder(out_dir, arm, seed), {}).clear()
-        return _compare(build, tasks_of_seed, config, arms, seeds, out_dir, title, notes, progress, echo)
+    source = _Given(build, {seed: list(tasks_of_seed(seed)) for seed in seeds})
+    cells = [
+        Cell(replace(config, arm=arm, seed=seed), tuple(task.name for task in tasks))
+        for seed, tasks in source.of_seed.items()
+        for arm in arms
+    ]
+    return run_cells(
+        source, cells, out_dir=out_dir, title=title, notes=notes, resume=resume, progress=progress, echo=echo
+    )
 
 
-def _compare(
-    build: Callable[[], TextClassifier],
-    tasks_of_seed: Callable[[int], Sequence[Task]],
-    config: StreamConfig,
-    arms: Sequence[str],
-    seeds: Sequence[int],
+def run_cells(
+    source: Source,
+    cells: Sequence[Cell],
+    *,
     out_dir: str | Path,
     title: str,
     notes: Mapping[str, str],
-    progress: bool,
-    echo: Callable[[str], None],
+    jobs: int = 1,
+    threads: int | None = None,
+    report_to: Sequence[str] = (),
+    resume: bool = True,
+    progress: bool = True,
+    echo: Callable[[str], None] = print,
 ) -> list[StreamResult]:
-    results: list[StreamResult] = []
-    started = time.perf_counter()
-    for seed in seeds:
-        tasks = list(tasks_of_seed(seed))
-        untrained: list[float] | None = None
-        of_seed = []
-        for arm in arms:
-            result = run_stream(
-                build(),
-                tasks,
-                replace(config, arm=arm, seed=seed),
-                run_folder(out_dir, arm, seed),
-                untrained=untrained,
-                progress=progress,
-            )
-            untrained = result.matrix.untrained
-            of_seed.append(result)
-            clock = time.perf_counter() - started
-            echo(f"[{clock:4.0f} s] {title_of(arm)}, seed {seed}: {_scores(result)}")
-        alone = next((r for r in of_seed if r.arm == "alone"), None)
-        if alone is not None:
-            scores = [row[j] for j, row in enumerate(alone.matrix.rows)]
-            for result in of_seed:
-                result.matrix.alone = scores
-        results += of_seed
-        # After every seed: what is done is on disk should a later one be stopped.
-        paths = write_report(out_dir, results, title=title, notes=notes, env=environment())
-    echo("\n" + render_text(results))
-    echo(f"report: {paths[1]}\n        {paths[0]}")
-    return results
+    """Run all cells and write their report into ``out_dir``, anew after each.
+
+    Args:
+        source: what they are run with.
+        cells: what to run, in this order.
+        out_dir: a run's state goes to ``out_dir/runs/<its name>``; a finished one is not run again.
+        title, notes: shown in the report.
+        jobs: processes; 1 runs all in this one.
+        threads: of all processes together; None is what PyTorch has here.
+        report_to: integrations of transformers that are told losses and scores, see :mod:`ella.continual.tracking`.
+        resume: False forgets earlier states of these runs first.
+        progress, echo: tqdm bars, in this process only; where text goes.
+
+    Returns the results in the order of ``cells``.
+
+    Raises:
+        CellsFailed: at the end, when a run failed; its traceback is in its folder.
+        ValueError, ImportError: no cells, two of one name, an unknown or a missing integration, before anything runs.
+        OSError: another process is running in ``out_dir``, or nothing can be written there.
+    """
+    check_cells(cells)
+    check_integrations(report_to)
+    with one_run(out_dir):
+        if not resume:
+            for cell in cells:
+                StreamState(cell.folder(out_dir), {}).clear()
+        grid = _Grid(source, cells, Path(out_dir), title, notes, list(report_to), progress, echo)
+        grid.run(min(jobs, len(cells)), threads)
+        return grid.finish()
 
 
-def run_folder(out_dir: str | Path, arm: str, seed: int) -> Path:
-    """Where the state of one run is kept."""
-    return Path(out_dir) / "runs" / f"{arm}-{seed}"
+class _Grid:
+    """The cells of one call: what has become of each."""
+
+    def __init__(
+        self,
+        source: Source,
+        cells: Sequence[Cell],
+        out_dir: Path,
+        title: str,
+        notes: Mapping[str, str],
+        report_to: list[str],
+        progress: bool,
+        echo: Callable[[str], None],
+    ) -> None:
+        self.source, self.cells, self.out_dir, self.report_to = source, cells, out_dir, report_to
+        self.title, self.notes, self.progress, self.echo = title, notes, progress, echo
+        self.jobs = 1
+        self.done: dict[int, StreamResult] = {}
+        self.failed: dict[int, Failure] = {}
+        self.untrained: dict[tuple[str, int], list[float] | None] = {}
+        self.paths: Sequence[Path] = ()
+        self.started = time.perf_counter()
+
+    def run(self, jobs: int, threads: int | None) -> None:
+        self.jobs = jobs
+        if jobs > 1:
+            import torch
+
+            share = max(1, (threads or torch.get_num_threads()) // jobs)
+            outcomes = in_processes(_worker, (self.source, share, self.report_to), self._items(), jobs)
+        else:
+            outcomes = self._here()
+        with closing(outcomes):
+            for index, outcome in outcomes:
+                if isinstance(outcome, Failure):
+                    self._fail(index, outcome)
+                else:
+                    self._finish(index, outcome)
+
+    def _items(self) -> Iterator[_Item]:
+        """Drawn one by one, each with what is known of its order and seed by then."""
+        for cell in self.cells:
+            yield cell, cell.folder(self.out_dir), self.untrained.get((cell.config.order, cell.config.seed))
+
+    def _here(self) -> Generator[tuple[int, StreamResult | Failure]]:
+        # The model is that of all cells: if it cannot be made, nothing can be run.
+        first = [self.source.build()]
+
+        def build() -> TextClassifier:
+            return first.pop() if first else self.source.build()
+
+        for index, item in enumerate(self._items()):
+            outcome: StreamResult | Failure
+            try:
+                outcome = _run_cell(self.source, item, build, self.report_to, self.progress)
+            except Exception as error:
+                outcome = Failure.of(error)
+            yield index, outcome
+
+    def _finish(self, index: int, result: StreamResult) -> None:
+        cell = self.cells[index]
+        self.done[index] = result
+        self.untrained[cell.config.order, cell.config.seed] = result.matrix.untrained
+        (cell.folder(self.out_dir) / TRACEBACK).unlink(missing_ok=True)
+        self._say(cell, _scores(result))
+        self.paths = write_report(self.out_dir, self.results(), title=self.title, notes=self.notes, env=environment())
+
+    def _fail(self, index: int, failure: Failure) -> None:
+        if failure.code in FULL:
+            raise OSError(failure.error)
+        cell = self.cells[index]
+        self.failed[index] = failure
+        folder = cell.folder(self.out_dir)
+        make_folder(folder)
+        write_text_atomically(folder / TRACEBACK, failure.traceback or failure.error)
+        self._say(cell, f"failed: {failure.error}")
+
+    def _say(self, cell: Cell, text: str) -> None:
+        clock = time.perf_counter() - self.started
+        order = f", {cell.config.order}" if cell.config.order else ""
+        ended, n = len(self.done) + len(self.failed), len(self.cells)
+        left = f"; {ended} of {n}{self._time_left(n - ended)}" if n > 1 else ""
+        self.echo(f"[{clock:4.0f} s] {title_of(cell.config.name)}{order}, seed {cell.config.seed}: {text}{left}")
+
+    def _time_left(self, cells: int) -> str:
+        if not self.done or not cells:
+            return ""
+        # As recorded: one that was finished before counts with the time it took then.
+        mean = math.fsum(_seconds(result) for result in self.done.values()) / len(self.done)
+        return f", about {_duration(mean * math.ceil(cells / self.jobs))} left"
+
+    def results(self) -> list[StreamResult]:
+        """What is done, in the cells' order, each with the scores of training alone where those are known."""
+        alone: dict[tuple[str, int], list[float]] = {}
+        for result in self.done.values():
+            if result.config["arm"] == "alone":
+                alone[result.config["order"], result.seed] = [row[j] for j, row in enumerate(result.matrix.rows)]
+        for result in self.done.values():
+            result.matrix.alone = alone.get((result.config["order"], result.seed))
+        return [self.done[index] for index in sorted(self.done)]
+
+    def finish(self) -> list[StreamResult]:
+        results = self.results()
+        if results:
+            self.echo("\n" + render_text(results))
+            page, data, *others = self.paths[1], self.paths[0], *self.paths[2:]
+            self.echo("\n        ".join([f"report: {page}", str(data), *map(str, others)]))
+        if self.failed:
+            lines = [
+                f"  {self.cells[i].name}: {failure.error} (see {self.cells[i].folder(self.out_dir) / TRACEBACK})"
+                for i, failure in sorted(self.failed.items())
+            ]
+            told = f"{len(self.failed)} of {len(self.cells)} runs failed; the same command tries them again"
+            raise CellsFailed("\n".join([told, *lines]))
+        return results
+
+
+#: A cell, its folder, and the scores before training where they are known.
+_Item = tuple[Cell, Path, Sequence[float] | None]
+
+
+def _run_cell(
+    source: Source, item: _Item, build: Callable[[], TextClassifier], report_to: Sequence[str], progress: bool
+) -> StreamResult:
+    cell, folder, untrained = item
+    tracker = Tracker(report_to, folder, cell.name) if report_to else None
+    try:
+        return run_stream(
+            build(),
+            source.tasks_of(cell),
+            cell.config,
+            folder,
+            untrained=untrained,
+            progress=progress,
+            tracker=tracker,
+        )
+    finally:
+        if tracker:
+            tracker.close()
+
+
+def _worker(source: Source, threads: int, report_to: Sequence[str]) -> Callable[[_Item], StreamResult]:
+    """What a process of several does with a cell; no bars, which would be written over each other."""
+    prepare_process(threads)
+    return lambda item: _run_cell(source, item, source.build, report_to, progress=False)
+
+
+def _file_name(text: str) -> str:
+    """``text`` itself where any file system takes it, else what it takes of it and a hash."""
+    safe = re.sub(r"^\.|[^A-Za-z0-9_.=+-]+", "_", text)[:80]
+    if safe == text:
+        return text
+    return f"{safe}.{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Raises ValueError for no cells, and for two whose states would lie in one folder."""
+    if not cells:
+        raise ValueError("no runs: expected at least one arm, order and seed")
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        # Some file systems know no case.
+        other = found.setdefault(cell.name.lower(), cell)
+        if other is not cell:
+            told = " and ".join(f"({c.config.order!r}, {c.config.name!r}, {c.config.seed})" for c in (other, cell))
+            raise ValueError(f"the runs (order, label, seed) {told} would share the folder {cell.name}; rename one")
 
 
 def check_arms(arms: Sequence[str], seeds: Sequence[int]) -> None:
     """Raises ValueError for no, unknown or repeated arms, and for no or repeated seeds."""
-    for arm in arms:
-        arm_class(arm)
+    distinct = {"arms": len({arm_class(arm) for arm in arms}), "seeds": len(set(seeds))}
     for name, values in (("arms", arms), ("seeds", seeds)):
-        if not values or len(set(values)) != len(values):
+        if not values or distinct[name] != len(values):
             raise ValueError(f"{name} must be at least one and distinct, found {list(values)}")
+
+
+def _seconds(result: StreamResult) -> float:
+    return math.fsum(task["seconds"] + task["evaluation_seconds"] for task in result.tasks)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _scores(result: StreamResult) -> str:
     matrix = result.matrix
-    if result.arm == "alone":
+    if result.config["arm"] == "alone":
         own = [row[j] for j, row in enumerate(matrix.rows)]
         return f"mean accuracy {math.fsum(own) / len(own):.1f}"
     bwt = "" if len(matrix.tasks) == 1 else f", BWT {matrix.backward_transfer():+.1f}"
@@ -125,7 +358,16 @@ def _scores(result: StreamResult) -> str:
 
 
 def render_text(results: Sequence[StreamResult]) -> str:
-    """The matrices and the summary of all arms as text for a terminal."""
+    """The matrices and the summary of all arms as text for a terminal, order after order."""
+    orders = list(dict.fromkeys(result.config["order"] for result in results))
+    parts = []
+    for order in orders:
+        text = _render_order([result for result in results if result.config["order"] == order])
+        parts.append(f"{order}\n\n{text}" if order and text else text)
+    return "\n".join(part for part in parts if part)
+
+
+def _render_order(results: Sequence[StreamResult]) -> str:
     summary = summarise(results)
     blocks = [f"{title_of(arm)}\n{format_matrix(s['matrix'])}\n" for arm, s in summary.items() if arm != "alone"]
     if not blocks:

@@ -6,26 +6,28 @@ known ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ella.config import EllaConfig
 
-from .arms import arm_class
+from .arms import ARMS, OLD_NAMES, arm_class, arm_settings
 from .checks import MIN_LENGTH, check_count, check_kind, check_temperature, check_template, float_dtype
+from .compare import Cell
 from .docstrings import docstring_tasks
 from .models import LoraSettings, TextClassifier, build_classifier
 from .questions import question_tasks
 from .stream import StreamConfig
-from .tasks import ORDERS, Task, load_benchmark, read_task
+from .tasks import ORDERS, Task, TaskError, find_tasks, load_benchmark, read_task
 
 __all__ = ["ModelSettings", "SpecError", "StreamSpec", "TaskSettings", "load_spec", "parse_spec"]
 
 
-# Fields of a StreamConfig that a file sets elsewhere.
-_NOT_SHARED = ("arm", "settings", "label", "order", "seed", "ella")
+# Fields of a StreamConfig that section ``training`` sets, or an arm for itself.
+_SHARED = [f.name for f in fields(StreamConfig) if f.name not in ("arm", "settings", "label", "order", "seed", "ella")]
 
 
 class SpecError(ValueError):
@@ -54,45 +56,91 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class TaskSettings:
-    """Section ``tasks``: one of ``benchmark`` (with ``order``), ``folders``, ``docstrings`` or
-    ``questions``, and sizes.
+class LoadedTasks:
+    """The tasks of a file by name, the names of each order, and what each order names that is not there."""
 
-    ``order`` is a list of names or the name of an order of the literature, e.g. "standard-1".
+    tasks: dict[str, Task]
+    orders: dict[str, tuple[str, ...]]
+    left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Section ``tasks``: one of ``benchmark`` (with ``order`` or ``orders``), ``folders``, ``docstrings`` or ``questions``; sizes.
+
+    ``order`` is a list of names or the name of an order of the literature, e.g. "standard-1"; ``orders`` lists several,
+    each the name of one or ``{name: text, tasks: [...]}``. ``missing`` says what becomes of a task that is not below
+    ``benchmark``: "error", or "leave_out"; None leaves out of the literature's orders only.
     """
 
     benchmark: str | None = None
     order: list | str | None = None
+    orders: list | None = None
+    missing: str | None = None
     folders: list | None = None
     docstrings: list | None = None
     questions: list | None = None
     train_examples: int | None = None
     test_examples: int | None = None
 
-    def load(self, base: Path) -> list[Task]:
-        """The tasks in order; relative paths start at ``base``."""
+    def load(self, base: Path) -> LoadedTasks:
+        """All tasks; relative paths start at ``base``. Raises TaskError."""
         if self.benchmark is not None:
-            order = ORDERS[self.order] if isinstance(self.order, str) else self.order or ()
-            return load_benchmark(base / self.benchmark, order)
+            return self._load_benchmark(base / self.benchmark)
         if self.folders is not None:
-            return [read_task(base / folder) for folder in self.folders]
-        sizes = {"train_per_task": self.train_examples, "test_per_task": self.test_examples}
-        given = {name: size for name, size in sizes.items() if size is not None}
-        if self.questions is not None:
-            return question_tasks(self.questions, **given)
-        return docstring_tasks(self.docstrings or (), **given)
+            tasks = [read_task(base / folder) for folder in self.folders]
+        else:
+            sizes = {"train_per_task": self.train_examples, "test_per_task": self.test_examples}
+            given = {name: size for name, size in sizes.items() if size is not None}
+            asked = self.questions is not None
+            tasks = (
+                question_tasks(self.questions or (), **given)
+                if asked
+                else docstring_tasks(self.docstrings or (), **given)
+            )
+        return LoadedTasks({task.name: task for task in tasks}, {"": tuple(task.name for task in tasks)})
+
+    def _load_benchmark(self, root: Path) -> LoadedTasks:
+        found = find_tasks(root)
+        read: dict[str, Task] = {}
+        orders, left_out = {}, {}
+        for order, names in self.named_orders().items():
+            may_miss = self.missing == "leave_out" or (self.missing is None and order in ORDERS)
+            there = [name for name in names if name.lower() in found or not may_miss]
+            if not there:
+                raise TaskError(
+                    f"no task of order {order!r} below {root}: expected some of {list(names)}, "
+                    f"found {sorted(found) or 'no task folders'}"
+                )
+            for name in there:
+                if name.lower() not in read:
+                    (read[name.lower()],) = load_benchmark(root, [name])
+            orders[order] = tuple(read[name.lower()].name for name in there)
+            left_out[order] = tuple(name for name in names if name not in there)
+        return LoadedTasks({task.name: task for task in read.values()}, orders, left_out)
+
+    def named_orders(self) -> dict[str, Sequence[str]]:
+        """The orders of a benchmark by name; a single list has none: ""."""
+        if self.orders is None:
+            return {self.order: ORDERS[self.order]} if isinstance(self.order, str) else {"": self.order or ()}
+        pairs = ((e, ORDERS[e]) if isinstance(e, str) else (e["name"], e["tasks"]) for e in self.orders)
+        return dict(pairs)
 
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """A checked stream file. ``config`` holds the settings all arms share; ``base`` is the file's folder."""
+    """A checked stream file. ``config`` holds the settings all arms share, ``arms`` those of each.
+
+    ``base`` is the file's folder. A :class:`~ella.continual.compare.Source`: it can be pickled.
+    """
 
     model: ModelSettings
     lora: LoraSettings
     tasks: TaskSettings
     config: StreamConfig
-    arms: tuple[str, ...] = ("ella",)
+    arms: tuple[StreamConfig, ...] = (StreamConfig(),)
     seeds: tuple[int, ...] = (0,)
+    report_to: tuple[str, ...] = ()
     out: str = "stream_out"
     title: str = "A continual run"
     base: Path = field(default=Path())
@@ -105,10 +153,43 @@ class StreamSpec:
             path = str(self.base / path)
         return build_classifier(**{**vars(self.model), "path": path}, lora=self.lora)
 
-    def tasks_of_seed(self) -> Callable[[int], list[Task]]:
-        """The tasks are read once; the returned function draws a seed's examples from them."""
-        tasks = self.tasks.load(self.base)
-        return lambda seed: [t.subset(self.tasks.train_examples, self.tasks.test_examples, seed) for t in tasks]
+    @cached_property
+    def loaded(self) -> LoadedTasks:
+        """The tasks, read when first asked for. Raises TaskError."""
+        return self.tasks.load(self.base)
+
+    def cells(self) -> list[Cell]:
+        """Orders, in each the seeds, in each the arms."""
+        return [
+            Cell(replace(arm, order=order, seed=seed), names)
+            for order, names in self.loaded.orders.items()
+            for seed in self.seeds
+            for arm in self.arms
+        ]
+
+    def tasks_of(self, cell: Cell) -> list[Task]:
+        """The tasks of a cell, each with the examples that the seed draws."""
+        sizes = self.tasks.train_examples, self.tasks.test_examples
+        return [self.loaded.tasks[name].subset(*sizes, cell.config.seed) for name in cell.tasks]
+
+    def chosen(self, labels: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> StreamSpec:
+        """With these arms and seeds only, None: all of the file's. Raises ValueError for a label there is not."""
+        names = [arm.name for arm in self.arms]
+        labels = names if labels is None else [OLD_NAMES.get(label, label) for label in labels]
+        unknown = [label for label in labels if label not in names]
+        if unknown:
+            raise ValueError(f"no arms {unknown} in this stream; it has {names}")
+        seeds = self.seeds if seeds is None else tuple(dict.fromkeys(seeds))
+        return replace(self, arms=tuple(arm for arm in self.arms if arm.name in labels), seeds=seeds)
+
+    def notes(self) -> dict[str, str]:
+        """What a report says of the model and of the tasks that ran."""
+        notes = {"model": self.model.path or "the packaged MiniLM"}
+        for order, names in self.loaded.orders.items():
+            missing = self.loaded.left_out.get(order)
+            without = f"; without {', '.join(missing)}, not there" if missing else ""
+            notes[f"tasks of {order}" if order else "tasks"] = ", ".join(names) + without
+        return notes
 
 
 def load_spec(path: str | Path) -> StreamSpec:
@@ -160,20 +241,13 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
         lora_data["target_modules"] = tuple(_list(lora_data["target_modules"], str, "lora.target_modules"))
     tasks = _build(TaskSettings, data["tasks"], "tasks")
     _check_tasks(tasks)
-    arms = _list(data.get("arms", ["ella"]), str, "arms")
-    for arm in arms:
-        try:
-            arm_class(arm)
-        except ValueError as error:
-            raise SpecError(f"arms: {error}") from None
     training = _mapping(data.get("training"), "training")
-    _known_keys(training, [f.name for f in fields(StreamConfig) if f.name not in _NOT_SHARED], "training")
+    _known_keys(training, [*_SHARED, "report_to"], "training")
+    report_to = _report_to(training.pop("report_to", None))
     config = _build(StreamConfig, training | {"ella": _build(EllaConfig, data.get("ella"), "ella")}, "training")
+    arms = _arms(data.get("arms", ["ella"]), config)
     seeds = _list(data.get("seeds", [0]), int, "seeds")
-    for name, values in (("arms", arms), ("seeds", seeds)):
-        repeated = [value for value in dict.fromkeys(values) if values.count(value) > 1]
-        if repeated:
-            raise SpecError(f"{name}: {repeated} stand more than once")
+    _distinct(seeds, "seeds")
     return StreamSpec(
         model=_build(ModelSettings, data.get("model"), "model"),
         lora=_build(LoraSettings, lora_data, "lora"),
@@ -181,6 +255,7 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
         config=config,
         arms=tuple(arms),
         seeds=tuple(seeds),
+        report_to=report_to,
         out=_text(data.get("out", "stream_out"), "out"),
         title=_text(data.get("title", "A continual run"), "title"),
         base=base,
@@ -193,20 +268,101 @@ def _check_tasks(tasks: TaskSettings) -> None:
         raise SpecError(
             f"tasks: expected exactly one of benchmark, folders, docstrings, questions; found {given or 'none'}"
         )
-    if (tasks.order is not None) != (tasks.benchmark is not None):
-        raise SpecError("tasks: 'order' belongs to 'benchmark', and 'benchmark' needs it")
-    if isinstance(tasks.order, str) and tasks.order not in ORDERS:
+    ordered = [name for name in ("order", "orders") if getattr(tasks, name) is not None]
+    if len(ordered) != (tasks.benchmark is not None):
         raise SpecError(
-            f"tasks.order: unknown order {tasks.order!r}; expected a list of names or one of {sorted(ORDERS)}"
+            f"tasks: 'order' belongs to 'benchmark', and 'benchmark' needs it or 'orders'; found {ordered or 'neither'}"
         )
+    if isinstance(tasks.order, str):
+        _check_order(tasks.order, "tasks.order")
     for name in ("order", "folders", "docstrings", "questions"):
         value = getattr(tasks, name)
         if value is not None and not (name == "order" and isinstance(value, str)):
-            _list(value, str, f"tasks.{name}")
+            _distinct(_list(value, str, f"tasks.{name}"), f"tasks.{name}")
+    if tasks.orders is not None:
+        _check_orders(tasks.orders)
+    if tasks.missing not in (None, "error", "leave_out") or (tasks.missing and tasks.benchmark is None):
+        raise SpecError(f"tasks.missing: expected error or leave_out, of a benchmark; found {tasks.missing!r}")
     for name in ("train_examples", "test_examples"):
         value = getattr(tasks, name)
         if value is not None and value < 1:
             raise SpecError(f"tasks.{name}: expected at least 1, found {value}")
+
+
+def _check_order(name: str, where: str) -> None:
+    if name not in ORDERS:
+        raise SpecError(f"{where}: unknown order {name!r}; expected a list of names or one of {sorted(ORDERS)}")
+
+
+def _check_orders(orders: Any) -> None:
+    if not isinstance(orders, list) or not orders:
+        raise SpecError(f"tasks.orders: expected a list of names or {{name: ..., tasks: [...]}}, found {orders!r}")
+    names = []
+    for entry in orders:
+        if isinstance(entry, str):
+            _check_order(entry, "tasks.orders")
+            names.append(entry)
+            continue
+        own = _mapping(entry, "tasks.orders")
+        _known_keys(own, ("name", "tasks"), "tasks.orders")
+        name = _text(own.get("name"), "tasks.orders, name")
+        if name in ORDERS:
+            raise SpecError(f"tasks.orders: {name!r} is an order of the literature; give these tasks another name")
+        _distinct(_list(own.get("tasks"), str, f"tasks.orders, {name}"), f"tasks.orders, {name}")
+        names.append(name)
+    _distinct(names, "tasks.orders")
+
+
+def _arms(entries: Any, shared: StreamConfig) -> list[StreamConfig]:
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, (str, Mapping)) for e in entries):
+        raise SpecError(f"arms: expected a list of names or {{arm: name, ...}}, found {entries!r}")
+    arms = [_arm({"arm": entry} if isinstance(entry, str) else dict(entry), shared) for entry in entries]
+    _distinct([arm.name for arm in arms], "arms", "; tell them apart with 'as'")
+    return arms
+
+
+def _arm(entry: dict[str, Any], shared: StreamConfig) -> StreamConfig:
+    """``arm``, ``as``, and settings: of the method, of ELLA's where it reads them, and of the training."""
+    name = _text(entry.pop("arm", None), "arms, arm")
+    try:
+        kind = arm_class(name)
+    except ValueError as error:
+        raise SpecError(f"arms: {error}") from None
+    where = f"arms, {name}"
+    label = _text(entry.pop("as"), f"{where}, as") if "as" in entry else ""
+    if (label in ARMS or label in OLD_NAMES) and arm_class(label) is not kind:
+        raise SpecError(f"{where}, as: {label!r} is another method; call this one something else")
+    known = {f.name: f for f in (*fields(EllaConfig), *fields(kind.Settings)) if f.name in entry}
+    own: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key in _SHARED and key not in {f.name for f in fields(kind.Settings)}:
+            training[key] = value
+        elif key in known:
+            default = known[key].default
+            own[key] = _typed(value, None if default is MISSING else default, str(known[key].type), f"{where}.{key}")
+        else:
+            own[key] = value
+    try:
+        arm_settings(name, own, shared.ella)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"arms: {error}" if str(error).startswith("arm ") else f"{where}: {error}") from error
+    base = {key: getattr(shared, key) for key in (*_SHARED, "ella")}
+    return _build(StreamConfig, base | training | {"arm": name, "label": label, "settings": own}, where)
+
+
+def _report_to(names: Any) -> tuple[str, ...]:
+    if names is None or names == []:
+        return ()
+    found = _list(names, str, "training.report_to")
+    _distinct(found, "training.report_to")
+    return tuple(found)
+
+
+def _distinct(values: Sequence[Any], where: str, advice: str = "") -> None:
+    repeated = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    if repeated:
+        raise SpecError(f"{where}: {repeated} stand more than once{advice}")
 
 
 def _build(kind: type, data: Any, where: str) -> Any:

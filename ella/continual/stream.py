@@ -31,6 +31,7 @@ from .metrics import NAN, AccuracyMatrix
 from .models import EncodedTask, TextClassifier
 from .state import StreamState
 from .tasks import Task
+from .tracking import Tracker
 
 __all__ = ["StreamConfig", "StreamResult", "run_stream"]
 
@@ -157,6 +158,7 @@ def run_stream(
     untrained: Sequence[float] | None = None,
     first_dir: str | Path | None = None,
     progress: bool = True,
+    tracker: Tracker | None = None,
     on_task_end: Callable[[int, StreamResult], None] | None = None,
 ) -> StreamResult:
     """Train ``classifier`` on ``tasks`` one after another and measure what remains.
@@ -172,6 +174,7 @@ def run_stream(
         first_dir: where the adapter after the first task is kept for other methods: what begins as plain LoRA, with the
             same seed, settings, model and examples, takes it from there instead of training it again.
         progress: show tqdm bars.
+        tracker: told losses and scores as they come; closed by the caller.
         on_task_end: called with (task index, result so far) once a task is evaluated and saved.
 
     Raises ValueError for no tasks or repeated names, and when ``out_dir`` holds another run (the message lists what
@@ -196,10 +199,10 @@ def run_stream(
         begun = {"config": config.shared(), "model": run["model"], "first": tasks[0].fingerprint()}
         first = FirstTask(first_dir, json.loads(json.dumps(begun)))
     if out_dir is None:
-        return _run_tasks(classifier, tasks, config, None, first, untrained, progress, on_task_end)
+        return _run_tasks(classifier, tasks, config, None, first, untrained, progress, tracker, on_task_end)
     state = StreamState(out_dir, run)
     with state.running():
-        return _run_tasks(classifier, tasks, config, state, first, untrained, progress, on_task_end)
+        return _run_tasks(classifier, tasks, config, state, first, untrained, progress, tracker, on_task_end)
 
 
 def _run_tasks(
@@ -210,15 +213,19 @@ def _run_tasks(
     first: FirstTask | None,
     untrained: Sequence[float] | None,
     progress: bool,
+    tracker: Tracker | None,
     on_task_end: Callable[[int, StreamResult], None] | None,
 ) -> StreamResult:
     names = [task.name for task in tasks]
-    test = [_encode(classifier, task, "test") for task in tasks]
     saved = state.load() if state else None
+    loaded = _saved_result(saved, state) if state and saved else None
+    # A finished run is read, not measured again.
+    finished = loaded is not None and len(loaded.tasks) == len(tasks)
+    test = [] if finished else [_encode(classifier, task, "test") for task in tasks]
 
     arm = config.make_arm(classifier, _Encoded(classifier, tasks))
     arm.n_tasks = len(tasks)
-    if state is None or saved is None:
+    if state is None or loaded is None:
         arm.begin()
         result = StreamResult(config.to_dict(), AccuracyMatrix(names))
         result.dense_bytes, result.layers = arm.dense_bytes()
@@ -229,14 +236,18 @@ def _run_tasks(
             ]
         result.matrix = AccuracyMatrix(names, untrained=list(untrained))
     else:
-        result = _saved_result(saved, state)
+        result = loaded
         _resume(arm, state, names[: len(result.tasks)])
 
+    if tracker and not finished:
+        tracker.begin(classifier.model, sum(task["steps"] for task in result.tasks))
     for index in range(len(result.tasks), len(tasks)):
         task = tasks[index]
         arm.before_task(index)
         label = f"{config.name}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
-        record = {"name": task.name} | _trained(arm, first if index == 0 else None, config, index, label, progress)
+        record = {"name": task.name} | _trained(
+            arm, first if index == 0 else None, config, index, label, progress, tracker
+        )
         interference = arm.interference(index)
         if interference is not None:
             record["interference"] = interference
@@ -252,6 +263,8 @@ def _run_tasks(
         result.state_bytes = record["state_bytes"]
         if state:
             state.save(index, task.name, result.to_dict(), arm)
+        if tracker:
+            tracker.scores(names, result.matrix.rows[-1][: index + 1])
         if on_task_end:
             on_task_end(index, result)
     return result
@@ -271,18 +284,26 @@ class _Encoded:
 
 
 def _trained(
-    arm: Arm, first: FirstTask | None, config: StreamConfig, index: int, label: str, progress: bool
+    arm: Arm,
+    first: FirstTask | None,
+    config: StreamConfig,
+    index: int,
+    label: str,
+    progress: bool,
+    tracker: Tracker | None,
 ) -> dict[str, Any]:
     """Train a task, or take what another method has trained; what it cost."""
     record = None if first is None else first.load(arm)
     if record is None:
-        record = _train(arm, config, index, label, progress)
+        record = _train(arm, config, index, label, progress, tracker)
         if first is not None:
             first.save(arm, record)
     return record
 
 
-def _train(arm: Arm, config: StreamConfig, index: int, label: str, progress: bool) -> dict[str, Any]:
+def _train(
+    arm: Arm, config: StreamConfig, index: int, label: str, progress: bool, tracker: Tracker | None
+) -> dict[str, Any]:
     model = arm.model
     seed = task_seed(config.seed, index)
     torch.manual_seed(seed)
@@ -309,10 +330,14 @@ def _train(arm: Arm, config: StreamConfig, index: int, label: str, progress: boo
             optimizer.step()
             losses.append(loss.detach())
             # Reading a value waits for the device, so not on every step.
-            if progress and step % 10 == 0:
-                shown = f"{float(penalties[-1]):.2e}" if penalties else "0"
-                bar.set_postfix(loss=f"{float(losses[-1]):.3f}", penalty=shown)
+            if (progress or tracker) and step % 10 == 0:
+                now, added = float(losses[-1]), float(penalties[-1]) if penalties else 0.0
+                bar.set_postfix(loss=f"{now:.3f}", penalty=f"{added:.2e}")
+                if tracker:
+                    tracker.step(step, now, added)
     seconds = time.perf_counter() - start
+    if tracker:
+        tracker.end_task(len(batches))
     model.eval()
     if losses:
         _check_training(model, torch.stack(losses), label)

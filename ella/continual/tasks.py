@@ -16,7 +16,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ORDERS", "Record", "Task", "TaskError", "load_benchmark", "read_task"]
+__all__ = ["ORDERS", "Record", "Task", "TaskError", "find_tasks", "load_benchmark", "read_task"]
 
 Record = dict[str, str]
 
@@ -27,8 +27,10 @@ _ORDER_TEXT = {
     "long-4": "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
     "long-5": "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo",
     "long-6": "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC",
+    "trace-7": "C-STANCE FOMC MeetingBank Py150 ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten",
 }
-#: Task orders of the literature, by folder name (orders 1 to 6 of O-LoRA, Wang et al. 2023).
+#: Task orders of the literature, by folder name: orders 1 to 6 of O-LoRA (Wang et al. 2023, arXiv:2310.14152) and the
+#: order of TRACE (Wang et al. 2023, arXiv:2310.06762).
 ORDERS: dict[str, tuple[str, ...]] = {name: tuple(text.split()) for name, text in _ORDER_TEXT.items()}
 
 
@@ -157,11 +159,8 @@ def read_task(folder: str | Path) -> Task:
     return Task(name=folder.name, labels=tuple(labels), **splits)
 
 
-def load_benchmark(directory: str | Path, order: Sequence[str]) -> list[Task]:
-    """The tasks of ``order`` from a ``<group>/<task>`` tree, found by name (any case) in whatever group holds them.
-
-    Raises :class:`TaskError` naming the tasks there are when one is not found, and when two groups hold one name.
-    """
+def find_tasks(directory: str | Path) -> dict[str, list[Path]]:
+    """The task folders of a ``<group>/<task>`` tree by lower-case name. Raises :class:`TaskError` for no folder."""
     root = Path(directory)
     if not root.is_dir():
         raise TaskError(f"no benchmark folder at {root}; expected <group>/<task>/train.json below it")
@@ -170,11 +169,20 @@ def load_benchmark(directory: str | Path, order: Sequence[str]) -> list[Task]:
     patterns = ("*/train.json", "*/labels.json", "*/*/train.json", "*/*/labels.json")
     for folder in sorted({path.parent for pattern in patterns for path in root.glob(pattern)}):
         found.setdefault(folder.name.lower(), []).append(folder)
+    return found
+
+
+def load_benchmark(directory: str | Path, order: Sequence[str]) -> list[Task]:
+    """The tasks of ``order`` from a ``<group>/<task>`` tree, found by name (any case) in whatever group holds them.
+
+    Raises :class:`TaskError` naming the tasks there are when one is not found, and when two groups hold one name.
+    """
+    found = find_tasks(directory)
     tasks = []
     for name in order:
         folders = found.get(name.lower(), [])
         if not folders:
-            raise TaskError(f"no task {name!r} below {root}; found {sorted(found) or 'no task folders'}")
+            raise TaskError(f"no task {name!r} below {directory}; found {sorted(found) or 'no task folders'}")
         if len(folders) > 1:
             raise TaskError(f"task {name!r} stands in {len(folders)} folders: {', '.join(map(str, folders))}")
         tasks.append(read_task(folders[0]))
