@@ -17,7 +17,7 @@ __all__ = ["build_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 refused input or failed runs (said on stderr), 2 wrong usage, 130 ^C."""
+    """Run one command; exit status: 0 done, 1 refused input or a failed run (said on stderr), 2 wrong usage, 130 ^C."""
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)

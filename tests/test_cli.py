@@ -228,6 +228,27 @@ def test_run_without_a_file(cli, tmp_path):
     assert status == 1 and "directory" in err
 
 
+def test_run_of_some_cells(cli, stream):
+    text = STREAM.replace("order: [amazon, agnews]", "order: standard-1")
+    stream.write_text(
+        text.replace("[fresh, ella]", "[fresh, {arm: ella, as: strong}, {arm: ella, learning_rate: 1e30}]")
+    )
+    status, out, err = cli("run", stream, "--quiet", "--threads", "1", "--only", "fresh,strong", "--seeds", "1-2")
+    assert (status, err) == (0, "") and "standard-1: without yahoo, which data does not have\n" in out
+    folder = stream.parent / "elsewhere" / "from_file"
+    names = [f"standard-1-{arm}-{seed}" for arm in ("inclora", "strong") for seed in (1, 2)]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == names
+    data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert data["notes"]["tasks of standard-1"] == "dbpedia, amazon, agnews; without yahoo, not there"
+    # A failed run: the others are done and reported, the status says so.
+    status, out, err = cli("run", stream, "--quiet", "--threads", "1", "--only", "ella,fresh")
+    trace = "from_file/runs/standard-1-ella-0/traceback.txt"
+    assert status == 1 and err.startswith("ella: 1 of 2 runs failed") and err.endswith(f"(see {trace})\n")
+    assert "failed: training diverged in ella/0 1/3 dbpedia" in out and "; 2 of 2\n" in out and "OA" in out
+    status, out, err = cli("run", stream, "--quiet", "--only", "swim")
+    assert (status, out) == (1, "") and err.startswith("ella: no arms ['swim'] in this stream; it has ['inclora',")
+
+
 def test_inspect_refuses(cli, tmp_path):
     status, _, err = cli("inspect", tmp_path / "gone")
     assert status == 1 and err.startswith("ella: no folder at")
@@ -280,7 +301,7 @@ def test_names_that_are_not_utf8(cli, stream):
     data = json.loads((odd / "out" / "report.json").read_text(encoding="utf-8"))
     assert data["notes"]["stream"] == str(odd / f"{ODD}.yaml")
     # Not a captured stream: the terminal's own.
-    for folder, message in ((odd / "out", "caf\\udce9/out/runs/fresh-0/after-1-amazon/past\n"), (odd / "data", "")):
+    for folder, message in ((odd / "out", "caf\\udce9/out/runs/inclora-0/after-1-amazon/past\n"), (odd / "data", "")):
         found = subprocess.run(
             [sys.executable, "-m", "ella", "inspect", folder],
             cwd=Path(__file__).parents[1],
@@ -362,6 +383,7 @@ def test_fold_refuses(cli, adapters, tmp_path):
         (("demo", "--arms", ","), "expected comma-separated names, found ','"),
         (("demo", "--ella-lambda", "x"), "invalid _strength value: 'x'"),
         (("run",), "required: STREAM.yaml"),
+        (("run", "x", "--jobs", "0"), "expected an integer of at least 1, found '0'"),
         (("inspect",), "required: DIR"),
         (("fold", "a"), "required: -o/--out"),
         (("fold", "-o", "x"), "required: DIR"),

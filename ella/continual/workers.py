@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -56,20 +57,19 @@ def in_processes(
     numbered = enumerate(items)
     busy: dict[Connection, tuple[Any, int]] = {}
 
-    def give(connection: Connection, process: Any, item: tuple[int, Any]) -> None:
-        busy[connection] = process, item[0]
+    def give(connection: Connection, *messages: Any) -> None:
         with suppress(OSError):  # it has died, which is found in receiving
-            connection.send(item[1])
+            for message in messages:
+                connection.send(message)
 
-    def start(item: tuple[int, Any]) -> None:
-        connection, process = _start()
-        with suppress(OSError):
-            connection.send((make, tuple(shared)))
-        give(connection, process, item)
+    def start(items: Sequence[tuple[int, Any]]) -> None:
+        opened = [_start() for _ in items]  # all at once: the first message is taken when a process has begun
+        busy.update((opened[k][0], (opened[k][1], items[k][0])) for k in range(len(items)))
+        for (connection, _), (_, item) in zip(opened, items, strict=True):
+            give(connection, (make, tuple(shared)), item)
 
     try:
-        for _, first in zip(range(n), numbered, strict=False):
-            start(first)
+        start(list(islice(numbered, n)))
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
@@ -84,12 +84,13 @@ def in_processes(
                 del busy[ready]
                 item = next(numbered, None)
                 if item is not None and not died:
-                    give(ready, process, item)
+                    busy[ready] = process, item[0]
+                    give(ready, item[1])
                     continue
                 ready.close()
                 process.join()
                 if item is not None:
-                    start(item)
+                    start([item])
     finally:
         for process, _ in busy.values():
             process.terminate()

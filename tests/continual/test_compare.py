@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
 from ella.config import EllaConfig
-from ella.continual.compare import compare_arms, render_text
+from ella.continual.compare import Cell, CellsFailed, check_cells, compare_arms, render_text, run_cells
 from ella.continual.models import LoraSettings, build_classifier
+from ella.continual.spec import parse_spec
 from ella.continual.stream import StreamConfig
 
 from . import tiny
 from .test_report import assert_self_contained
+from .test_tasks import write_task
 
 CONFIG = StreamConfig(batch_size=8, learning_rate=1e-2, ella=EllaConfig(1.0, normalize="rms"))
 
@@ -115,3 +119,147 @@ def test_text_of_a_run_without_ella(compare):
     results, _ = compare(("inclora",))
     text = render_text(results)
     assert "after things" in text and "its state" not in text and "nan" not in text
+
+
+# --- a grid of a stream file -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grid(bert, tmp_path):
+    """A stream of two orders and one seed, with the arms that are given."""
+    for task in tiny.two_tasks(n_train=24, n_test=8):
+        write_task(tmp_path / "data" / "TC" / task.name, task.labels, train=task.train, dev=None, test=task.test)
+
+    def spec(*arms):
+        orders = [{"name": name, "tasks": name.split("+")} for name in ("things+beings", "beings+things")]
+        return parse_spec(
+            {
+                "model": {"path": str(bert), "max_length": 32},
+                "lora": {"r": 4, "alpha": 8},
+                "tasks": {"benchmark": "data", "orders": orders},
+                "arms": list(arms),
+                "ella": {"normalize": "rms"},
+                "training": {"batch_size": 8, "learning_rate": 1e-2},
+            },
+            tmp_path,
+        )
+
+    return spec
+
+
+def run(spec, out_dir, **options):
+    said = []
+    try:
+        run_cells(spec, spec.cells(), out_dir=out_dir, title="t", notes={}, progress=False, echo=said.append, **options)
+        failed = ""
+    except CellsFailed as error:
+        failed = str(error)
+    runs = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))["runs"]
+    return {(r["config"]["order"], r["config"]["label"]): r["matrix"] for r in runs}, "\n".join(said), failed
+
+
+STRONG = {"arm": "ella", "as": "strong", "ella_lambda": 1e2}
+BROKEN = {"arm": "inclora", "as": "broken", "learning_rate": 1e30}
+
+
+def test_two_processes_do_as_one(grid, tmp_path):
+    spec = grid("inclora", BROKEN, STRONG)
+    one, _, failed = run(spec, tmp_path / "one")
+    two, text, also = run(spec, tmp_path / "two", jobs=2)
+    assert list(one) == [(o, a) for o in ("things+beings", "beings+things") for a in ("", "strong")]
+    assert two == one and one["things+beings", ""] != one["things+beings", "strong"]
+    assert failed.startswith(
+        "2 of 6 runs failed; the same command tries them again\n  things+beings-broken-0: training"
+    )
+    assert also == failed.replace(str(tmp_path / "one"), str(tmp_path / "two"))
+    assert text.count("failed: training diverged in broken/0 1/2") == 2 and "; 6 of 6" in text
+    assert "inclora" not in text and "IncLoRA, things+beings, seed 0: OA" in text and " left\n" in text
+    trace = (tmp_path / "two" / "runs" / "beings+things-broken-0" / "traceback.txt").read_text(encoding="utf-8")
+    assert "_check_training" in trace and "try a lower learning_rate" in trace
+
+    # Again, with what was wrong put right: only that is run.
+    again, _, failed = run(grid("inclora", {**BROKEN, "learning_rate": 1e-2}, STRONG), tmp_path / "two")
+    assert failed == "" and {key: again[key] for key in one} == one
+    # Another label is another run, of the same numbers.
+    assert [again[order, "broken"] for order, _ in one] == [again[order, ""] for order, _ in one]
+    assert not list((tmp_path / "two" / "runs").glob("*/traceback.txt"))
+
+
+def test_what_is_finished_is_not_trained_again(grid, tmp_path, monkeypatch):
+    from ella.continual import stream
+
+    trained, train = [], stream._train
+    monkeypatch.setattr(
+        stream, "_train", lambda arm, config, *a: (trained.append(config.name), train(arm, config, *a))[1]
+    )
+    run(grid("inclora", BROKEN), tmp_path / "out")
+    assert trained == ["inclora", "inclora", "broken"] * 2
+    trained.clear()
+    run(grid("inclora", {**BROKEN, "learning_rate": 1e-2}), tmp_path / "out")
+    assert trained == ["broken"] * 4
+
+
+def test_a_damaged_state_is_one_failed_run(grid, tmp_path):
+    run(grid("inclora", STRONG), tmp_path)
+    (tmp_path / "runs" / "things+beings-strong-0" / "progress.json").write_text("{")
+    found, _, failed = run(grid("inclora", STRONG), tmp_path)
+    assert len(found) == 3 and failed.startswith("1 of 4 runs failed") and "is not the progress of a run" in failed
+
+
+def test_names_of_folders():
+    def name(label, order="", seed=0):
+        return Cell(replace(CONFIG, label=label, order=order, seed=seed), ("a",)).name
+
+    assert name("") == "ella-0" and name("λ=1e-3"[1:], "long-4", 12) == "long-4-=1e-3-12"
+    odd = [name(label) for label in ("a b", "a/b", "a_b", ".a", "_a", "../a", "é", "\udce9", "x" * 300)]
+    assert len(set(odd)) == len(odd) and all(re.fullmatch(r"[A-Za-z0-9_=+-][A-Za-z0-9_.=+-]{0,99}", n) for n in odd)
+    for pair in (("b-c", "a"), ("c", "a-b")), (("A", ""), ("a", "")):
+        cells = [Cell(replace(CONFIG, label=label, order=order), ("a",)) for label, order in pair]
+        with pytest.raises(ValueError, match=r"the runs \(order, label, seed\) .* would share the folder"):
+            check_cells(cells)
+    with pytest.raises(ValueError, match="no runs"):
+        check_cells([])
+
+
+# --- tracking ---------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_losses_and_scores(grid, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    spec = grid(STRONG)
+    (first, *_) = spec.cells()
+    (result,) = run_cells(
+        spec, [first], out_dir=tmp_path, title="t", notes={}, report_to=["tensorboard"], progress=False, echo=str
+    )
+    (file,) = first.folder(tmp_path).glob("runs/*/events.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+
+    def scalars(name):
+        return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(name)]
+
+    (a, _), (b, c) = result.matrix.rows
+    assert scalars("eval/things") == [(3, a), (6, b)] and scalars("eval/beings") == [(6, c)]
+    assert scalars("eval/seen") == [(3, a), (6, (b + c) / 2)]
+    # Every tenth step of a task: here the first.
+    assert [step for step, _ in scalars("train/loss")] == [0, 3]
+    (_, before), (_, later) = scalars("train/penalty")
+    assert before.expected == 0 and later.expected >= 0
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("abacus", ValueError, "abacus is not supported, only .*tensorboard"),
+        ("tensorboard", ImportError, "TensorBoardCallback requires tensorboard to be installed"),
+    ],
+)
+def test_an_integration_that_is_not_there(grid, tmp_path, monkeypatch, name, error, message):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    spec, out_dir = grid("ella"), tmp_path / "out"
+    with pytest.raises(error, match=message):
+        run_cells(spec, spec.cells(), out_dir=out_dir, title="t", notes={}, report_to=[name])
+    assert not out_dir.exists()

@@ -9,16 +9,20 @@ import yaml
 
 from ella.continual import TaskError
 from ella.continual.spec import SpecError, load_spec, parse_spec
-from ella.continual.tasks import ORDERS
 
 from .test_tasks import write_task
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "stream.yaml"
 
 
+def names(spec) -> list[str]:
+    return [arm.name for arm in spec.arms]
+
+
 def test_the_example_loads():
     spec = load_spec(EXAMPLE)
-    assert spec.arms == ("inclora", "ella") and spec.seeds == (0,) and spec.out == "stream_out"
+    assert names(spec) == ["inclora", "ella"] and spec.seeds == (0,) and spec.out == "stream_out"
+    assert spec.report_to == ()
     assert spec.tasks.docstrings == ["python", "transformers", "torch"]
     assert spec.config.ella.normalize is None and spec.config.ella.ella_lambda == "auto"
     assert spec.config.learning_rate == 2e-3 and spec.config.dropout is False
@@ -40,6 +44,13 @@ def test_the_example_names_every_key():
             if kind is StreamConfig and f.name in ("arm", "settings", "label", "order", "seed"):
                 continue
             assert f"{f.name}:" in text, (kind.__name__, f.name)
+    assert "report_to:" in text
+    # What stands there in remarks is right as well.
+    lines = [line.strip().removeprefix("# ") for line in text.splitlines()]
+    (entry,) = [line for line in lines if line.startswith("- {arm:")]
+    (orders,) = [line for line in lines if line.startswith("orders:")]
+    spec = parse_spec({"arms": yaml.safe_load(entry), "tasks": {"benchmark": "x", **yaml.safe_load(orders)}})
+    assert names(spec) == ["ELLA λ 1"] and list(spec.tasks.named_orders()) == ["standard-1", "reversed"]
 
 
 def test_what_the_example_builds():
@@ -52,7 +63,7 @@ def test_what_the_example_builds():
 
 def test_defaults():
     spec = parse_spec({"tasks": {"docstrings": ["numpy"]}})
-    assert spec.arms == ("ella",) and spec.seeds == (0,) and spec.model.path is None
+    assert names(spec) == ["ella"] and spec.seeds == (0,) and spec.model.path is None
     assert spec.config.ella == type(spec.config.ella)()
 
 
@@ -63,6 +74,34 @@ def test_numbers_that_yaml_reads_as_text():
     assert spec.config.learning_rate == 1e-3 and spec.config.ella.ella_lambda == 3e4
     whole = parse_spec({"tasks": {"docstrings": ["numpy"]}, "training": {"max_grad_norm": None, "weight_decay": 0}})
     assert whole.config.max_grad_norm is None and whole.config.weight_decay == 0.0
+
+
+def test_arms_with_settings_of_their_own():
+    entries = [
+        "fresh",
+        "ella",
+        {"arm": "ella", "as": "strong", "ella_lambda": "1e1", "past_rank": 4},
+        {"arm": "one", "as": "slow", "learning_rate": "1e-5", "epochs": 2},
+    ]
+    spec = parse_spec({**GOOD, "arms": entries, "ella": {"ella_lambda": 2}, "training": {"epochs": 3}})
+    assert names(spec) == ["inclora", "ella", "strong", "slow"]
+    inclora, ella, strong, slow = spec.arms
+    assert (inclora.arm, inclora.label, slow.arm) == ("inclora", "", "seqlora")
+    assert strong.settings == {"ella_lambda": 10.0, "past_rank": 4} and ella.settings == {}
+    assert [arm.identity()["ella"]["ella_lambda"] for arm in (ella, strong)] == [2.0, 10.0]
+    assert [(arm.learning_rate, arm.epochs) for arm in (ella, slow)] == [(2e-3, 3), (1e-5, 2)]
+    only = spec.chosen(["fresh", "strong"], (3, 3))
+    assert names(only) == ["inclora", "strong"] and only.seeds == (3,)
+    assert names(spec.chosen()) == names(spec)
+    with pytest.raises(ValueError, match=r"no arms \['swim'\] in this stream; it has \['inclora', 'ella', 'strong'"):
+        spec.chosen(["swim", "ella"])
+
+
+def test_integrations():
+    def report_to(value):
+        return parse_spec({**GOOD, "training": {"report_to": value}}).report_to
+
+    assert report_to(None) == report_to([]) == () and report_to(["wandb", "mlflow"]) == ("wandb", "mlflow")
 
 
 def test_target_modules_as_text_or_list():
@@ -103,7 +142,45 @@ GOOD = {"tasks": {"docstrings": ["numpy"]}}
         ({"tasks": {"docstrings": [1]}}, r"tasks.docstrings: expected a list of texts, found \[1\]"),
         ({"tasks": {"docstrings": ["numpy"], "train_examples": 0}}, "tasks.train_examples: expected at least 1"),
         ({"tasks": {"docstrings": ["numpy"], "test_examples": 1.5}}, "test_examples: expected an integer, found 1.5"),
-        ({**GOOD, "arms": "ella"}, "arms: expected a list of texts, found 'ella'"),
+        ({**GOOD, "arms": "ella"}, r"arms: expected a list of names or {arm: name, ...}, found 'ella'"),
+        ({**GOOD, "arms": [3]}, r"arms: expected a list of names .*, found \[3\]"),
+        ({**GOOD, "arms": ["seqlora", "one"]}, r"arms: \['seqlora'\] stand more than once; tell them apart with 'as'"),
+        ({**GOOD, "arms": [{"as": "x"}]}, "arms, arm: expected text, found None"),
+        ({**GOOD, "arms": [{"arm": "swim"}]}, "arms: arm is 'swim'; expected one of"),
+        ({**GOOD, "arms": [{"arm": "ella", "as": 3}]}, "arms, ella, as: expected text, found 3"),
+        ({**GOOD, "arms": [{"arm": "ella", "as": "inclora"}]}, "'inclora' is another method; call this one something"),
+        ({**GOOD, "arms": [{"arm": "ella", "lamda": 3}]}, r"arms: arm 'ella' has no settings \['lamda'\]; known are"),
+        ({**GOOD, "arms": [{"arm": "seqlora", "ella_lambda": 3}]}, r"'seqlora' has no settings \['ella_lambda'\]"),
+        (
+            {**GOOD, "arms": [{"arm": "ella", "ella_lambda": "x"}]},
+            "arms, ella.ella_lambda: expected a number, found 'x'",
+        ),
+        ({**GOOD, "arms": [{"arm": "ella", "ella_lambda": -1}]}, "arms, ella: ella_lambda must be finite and at least"),
+        (
+            {**GOOD, "arms": [{"arm": "ella", "epochs": 0}]},
+            "arms, ella: epochs is 0; expected an integer of at least 1",
+        ),
+        ({**GOOD, "training": {"report_to": "wandb"}}, "training.report_to: expected a list of texts, found 'wandb'"),
+        ({**GOOD, "training": {"report_to": ["a", "a"]}}, r"training.report_to: \['a'\] stand more than once"),
+        ({"tasks": {"benchmark": "x", "order": ["a"], "orders": ["long-4"]}}, r"found \['order', 'orders'\]"),
+        ({"tasks": {"docstrings": ["numpy"], "orders": ["long-4"]}}, r"'order' belongs to 'benchmark'.*\['orders'\]"),
+        ({"tasks": {"benchmark": "x", "order": ["a", "a"]}}, r"tasks.order: \['a'\] stand more than once"),
+        ({"tasks": {"benchmark": "x", "orders": []}}, r"tasks.orders: expected a list of names .*, found \[\]"),
+        ({"tasks": {"benchmark": "x", "orders": ["long-9"]}}, "tasks.orders: unknown order 'long-9'"),
+        ({"tasks": {"benchmark": "x", "orders": ["long-4", "long-4"]}}, r"tasks.orders: \['long-4'\] stand more than"),
+        ({"tasks": {"benchmark": "x", "orders": [3]}}, "tasks.orders: expected keys with values, found int"),
+        ({"tasks": {"benchmark": "x", "orders": [{"tasks": ["a"]}]}}, "tasks.orders, name: expected text, found None"),
+        ({"tasks": {"benchmark": "x", "orders": [{"name": "n", "task": 1}]}}, r"tasks.orders: unknown keys \['task'\]"),
+        ({"tasks": {"benchmark": "x", "orders": [{"name": "n"}]}}, "tasks.orders, n: expected a list of texts"),
+        (
+            {"tasks": {"benchmark": "x", "orders": [{"name": "long-4", "tasks": ["a"]}]}},
+            "is an order of the literature",
+        ),
+        (
+            {"tasks": {"benchmark": "x", "order": ["a"], "missing": "skip"}},
+            "tasks.missing: expected error or leave_out",
+        ),
+        ({**GOOD, "tasks": {"docstrings": ["numpy"], "missing": "error"}}, "leave_out, of a benchmark; found 'error'"),
         ({**GOOD, "arms": ["swim"]}, "arms: arm is 'swim'; expected one of"),
         ({**GOOD, "arms": ["ella", "ella"]}, r"arms: \['ella'\] stand more than once"),
         ({**GOOD, "seeds": 3}, "seeds: expected a list of integers, found 3"),
@@ -202,21 +279,62 @@ def test_task_folders_start_at_the_file(tmp_path):
     write_task(tmp_path / "data" / "TC" / "news")
     write_task(tmp_path / "data" / "SC" / "mood")
     path = tmp_path / "s.yaml"
-    path.write_text("tasks: {benchmark: data, order: [mood, news], train_examples: 4}\n")
-    tasks = load_spec(path).tasks_of_seed()(0)
-    assert [t.name for t in tasks] == ["mood", "news"] and {len(t.train) for t in tasks} == {4}
-    assert [t.train for t in tasks] != [t.train for t in load_spec(path).tasks_of_seed()(1)]
+    path.write_text("tasks: {benchmark: data, order: [mood, news], train_examples: 4}\nseeds: [0, 1]\n")
+    spec = load_spec(path)
+    first, other = (spec.tasks_of(cell) for cell in spec.cells())
+    assert [t.name for t in first] == ["mood", "news"] and {len(t.train) for t in first} == {4}
+    assert [t.train for t in first] != [t.train for t in other]
     path.write_text("tasks: {folders: [data/TC/news]}\n")
-    (task,) = load_spec(path).tasks_of_seed()(0)
+    spec = load_spec(path)
+    (task,) = spec.tasks_of(*spec.cells())
     assert task.name == "news" and len(task.train) == 12
-    path.write_text("tasks: {benchmark: data, order: standard-1}\n")
-    with pytest.raises(TaskError, match=rf"no task '{ORDERS['standard-1'][0]}' below"):
-        load_spec(path).tasks_of_seed()
+
+
+@pytest.fixture
+def lacking(tmp_path):
+    """A stream of what is given, beside a benchmark that lacks one task of standard-1: yahoo."""
+    for folder in ("TC/agnews", "TC/DBpedia", "SC/amazon"):
+        write_task(tmp_path / "data" / folder)
+
+    def spec(**tasks):
+        return parse_spec({"tasks": {"benchmark": "data", **tasks}, "seeds": [0, 1]}, tmp_path)
+
+    return spec
+
+
+def test_orders(lacking):
+    spec = lacking(orders=["standard-1", {"name": "mine", "tasks": ["agnews", "dbpedia"]}, "standard-3"])
+    assert spec.loaded.orders == {
+        "standard-1": ("DBpedia", "amazon", "agnews"),
+        "mine": ("agnews", "DBpedia"),
+        "standard-3": ("amazon", "agnews", "DBpedia"),
+    }
+    cells = spec.cells()
+    assert [(c.config.order, c.config.seed) for c in cells] == [(o, s) for o in spec.loaded.orders for s in (0, 1)]
+    assert [task.name for task in spec.tasks_of(cells[2])] == ["agnews", "DBpedia"]
+    assert [c.name for c in cells][:3] == ["standard-1-ella-0", "standard-1-ella-1", "mine-ella-0"]
+    assert spec.notes()["tasks of standard-1"] == "DBpedia, amazon, agnews; without yahoo, not there"
+    assert spec.notes()["tasks of mine"] == "agnews, DBpedia"
+
+
+def test_tasks_that_are_missing(lacking):
+    (order,) = lacking(order="standard-1").loaded.left_out.items()
+    assert order == ("standard-1", ("yahoo",))
+    for tasks in ({"order": ["amazon", "yahoo"]}, {"orders": [{"name": "mine", "tasks": ["yahoo"]}]}):
+        with pytest.raises(TaskError, match=r"no task 'yahoo' below .*data; found \['agnews', 'amazon', 'dbpedia'\]"):
+            lacking(**tasks).cells()
+    with pytest.raises(TaskError, match="no task 'yahoo' below"):
+        lacking(order="standard-1", missing="error").cells()
+    lenient = lacking(order=["amazon", "yahoo"], missing="leave_out")
+    assert [cell.tasks for cell in lenient.cells()] == [("amazon",)] * 2
+    assert [cell.name for cell in lenient.cells()] == ["ella-0", "ella-1"]
+    with pytest.raises(TaskError, match=r"no task of order 'trace-7' below .*data: expected some of \['C-STANCE'"):
+        lacking(order="trace-7").cells()
 
 
 def test_docstring_sizes(tmp_path):
     spec = parse_spec({"tasks": {"docstrings": ["numpy"], "train_examples": 12, "test_examples": 6}})
-    (task,) = spec.tasks_of_seed()(0)
+    (task,) = spec.tasks_of(*spec.cells())
     assert (len(task.train), len(task.test)) == (12, 6)
 
 
