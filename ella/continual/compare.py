@@ -17,7 +17,7 @@ from ella.atomic import make_folder, write_text_atomically
 
 from .arms import arm_class
 from .models import TextClassifier
-from .report import environment, format_bytes, format_matrix, summarise, title_of, write_report
+from .report import environment, render_text, title_of, write_report
 from .running import one_run
 from .state import StreamState
 from .stream import StreamConfig, StreamResult, run_stream
@@ -92,7 +92,7 @@ def compare_arms(
     progress: bool = True,
     echo: Callable[[str], None] = print,
 ) -> list[StreamResult]:
-    """Run every arm with every seed and write one report into ``out_dir``.
+    """Run every arm with every seed and write ``report.html``, ``report.md`` and ``report.json`` into ``out_dir``.
 
     Args:
         build: makes a fresh classifier; called once per run.
@@ -355,38 +355,3 @@ def _scores(result: StreamResult) -> str:
         return f"mean accuracy {math.fsum(own) / len(own):.1f}"
     bwt = "" if len(matrix.tasks) == 1 else f", BWT {matrix.backward_transfer():+.1f}"
     return f"OA {matrix.overall_accuracy():.1f}{bwt}"
-
-
-def render_text(results: Sequence[StreamResult]) -> str:
-    """The matrices and the summary of all arms as text for a terminal, order after order."""
-    orders = list(dict.fromkeys(result.config["order"] for result in results))
-    parts = []
-    for order in orders:
-        text = _render_order([result for result in results if result.config["order"] == order])
-        parts.append(f"{order}\n\n{text}" if order and text else text)
-    return "\n".join(part for part in parts if part)
-
-
-def _render_order(results: Sequence[StreamResult]) -> str:
-    summary = summarise(results)
-    blocks = [f"{title_of(arm)}\n{format_matrix(s['matrix'])}\n" for arm, s in summary.items() if arm != "alone"]
-    if not blocks:
-        return ""
-    lines = [f"{'':24}{'OA':>8}{'BWT':>8}{'FWT*':>8}{'FWT**':>8}"]
-    for arm, s in summary.items():
-        if arm != "alone":
-            cells = "".join(f"{'–' if math.isnan(v) else format(v, '.1f'):>8}" for v in s["mean"].values())
-            lines.append(f"{title_of(arm):24}{cells}")
-    lines.append("FWT*: against the untrained model; FWT**: against training on the task alone")
-    if "ella" in summary:
-        ella = summary["ella"]
-        lines.append("")
-        if not math.isnan(ella["penalty_share"]):
-            lines.append(
-                f"the penalty takes {100 * ella['penalty_share']:.1f} % of a {ella['step_milliseconds']:.0f} ms step"
-            )
-        lines.append(
-            f"its state: {format_bytes(ella['state_bytes'])} for {ella['layers']} layers; "
-            f"as dense float32 matrices {format_bytes(ella['dense_bytes'])}"
-        )
-    return "\n".join(blocks + lines) + "\n"

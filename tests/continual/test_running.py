@@ -134,6 +134,7 @@ def test_a_run_keeps_its_folder_and_lets_others_write_there(tmp_path, bert):
         "progress.json",
         "report.html",
         "report.json",
+        "report.md",
     ]
     assert '"path": "caf\\udce9"' in (tmp_path / "report.json").read_text(encoding="utf-8")
 

@@ -1,0 +1,44 @@
+"""Where and with what a number was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["environment"]
+
+
+def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Machine, versions and command: what a number needs beside it."""
+    import torch
+
+    versions = {}
+    for package in ("ella-kernels", "torch", "triton", "peft", "transformers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor()
+    return {
+        "machine": f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": shlex.join(command if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
