@@ -15,6 +15,7 @@ REPORTS = (
     ("CL_Benchmark: dbpedia, amazon, agnews, MNLI, 1000 training examples each", "continual_benchmark.json"),
     ("Docstrings of the standard library, transformers, torch and numpy", "continual_docstrings.json"),
 )
+#: Of arms in reports of version 0.1, which hold no titles.
 TITLES = {"one": "SeqLoRA", "fresh": "IncLoRA", "ella": "ELLA"}
 
 
@@ -37,7 +38,10 @@ def section(folder: Path) -> str:
             "",
             *table(
                 ("arm", "overall accuracy (by seed)", "backward transfer (by seed)"),
-                ((TITLES[arm], _cell(values, "OA"), _cell(values, "BWT")) for arm, values in report["arms"].items()),
+                (
+                    (values.get("title") or TITLES[arm], _cell(values, "OA"), _cell(values, "BWT"))
+                    for arm, values in report["arms"].items()
+                ),
             ),
             "",
             *_costs(report["arms"]),
@@ -53,9 +57,9 @@ def _cell(values: dict, metric: str) -> str:
 
 
 def _costs(arms: dict) -> Sequence[str]:
-    if not {"fresh", "ella"} <= arms.keys():
+    ella, fresh = arms.get("ella"), arms.get("inclora") or arms.get("fresh")
+    if not ella or not fresh:
         return []
-    ella, fresh = arms["ella"], arms["fresh"]
     nearer = 100 * (1 - ella["mean"]["BWT"] / fresh["mean"]["BWT"])
     return [
         f"ELLA's mean backward transfer is {nearer:.0f} % nearer to zero than the fresh arm's. The penalty takes "

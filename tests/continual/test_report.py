@@ -1,23 +1,33 @@
-"""The report: a page that stands alone, whatever the names and holes in the matrix, and json that parses."""
+"""The report: a page that stands alone, whatever the names and holes in the matrix, json and markdown that agree."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from bench.continual import section
+from ella.config import EllaConfig
 from ella.continual.metrics import AccuracyMatrix
 from ella.continual.report import (
+    comparisons,
     environment,
     format_bytes,
     format_matrix,
     mean_matrix,
     render_html,
+    render_markdown,
+    render_text,
     summarise,
     write_report,
 )
+from ella.continual.report.charts import COLORS, OTHER_COLORS, looks
+from ella.continual.report.summary import growth, ranked
 from ella.continual.stream import StreamConfig, StreamResult
 
 NAN = float("nan")
@@ -25,7 +35,7 @@ ENV = {"machine": "a machine", "system": "Linux x86_64", "python": "3", "version
 NAMES = ["first", "second", "third"]
 
 
-def result(arm: str, seed: int = 0, shift: float = 0.0, names=NAMES, **matrix) -> StreamResult:
+def result(arm: str, seed: int = 0, shift: float = 0.0, names=NAMES, label="", order="", **matrix) -> StreamResult:
     rows = [[80.0 + shift, 30.0, NAN], [70.0, 90.0, 20.0], [50.0, 85.0, 60.0 + shift]]
     size = len(names)
     tasks = [
@@ -41,7 +51,7 @@ def result(arm: str, seed: int = 0, shift: float = 0.0, names=NAMES, **matrix) -
         for i, name in enumerate(names)
     ]
     return StreamResult(
-        StreamConfig(arm=arm, seed=seed).to_dict(),
+        StreamConfig(arm=arm, seed=seed, label=label, order=order).to_dict(),
         AccuracyMatrix(list(names), [row[:size] for row in rows[:size]], **matrix),
         tasks,
         state_bytes=2048 if arm in ("inclora", "ella") else 0,
@@ -53,7 +63,7 @@ def result(arm: str, seed: int = 0, shift: float = 0.0, names=NAMES, **matrix) -
 class Page(HTMLParser):
     """Tags balanced; text, tags and attributes collected."""
 
-    VOID = ("meta", "line", "polyline")
+    VOID = ("meta",)
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -96,31 +106,82 @@ def assert_self_contained(text: str) -> None:
 ARMS = ("seqlora", "inclora", "ella")
 
 
+def figures(page: Page, kind: str) -> int:
+    return sum(tag == "figure" and attrs.get("class") == kind for tag, attrs in page.tags)
+
+
 def test_a_page_with_all_arms():
     results = [result(arm, untrained=[10.0, 20.0, 30.0]) for arm in ARMS]
     text = render_html(results, title="A run", notes={"data": "words"}, env=ENV)
     assert_self_contained(text)
     shown = Page(text)
-    # One forgetting curve for every task but the last, with every arm in it.
-    assert shown.count("svg") == 2
+    # One forgetting curve for every task but the last and the average, with every arm in it.
+    assert figures(shown, "forgetting") == 2 and figures(shown, "average") == 1
     lines = [attrs for tag, attrs in shown.tags if tag == "polyline"]
-    assert len(lines) == 6 and all(attrs["points"] for attrs in lines)
-    assert {attrs["stroke"] for attrs in lines} == {"#b4552d", "#8a8f98", "#1f6feb"}
+    assert len(lines) == 9 and all(attrs["points"] for attrs in lines)
+    assert {attrs["stroke"] for attrs in lines} == {COLORS[arm] for arm in ARMS}
     words = " ".join(shown.text)
     for expected in ("65.0", "-17.5", "SeqLoRA", "IncLoRA", "ELLA", "a machine", "words"):
         assert expected in words, expected
-    # Penalty's share over the tasks that had a past: 1.0 of 4.0 seconds; sizes beside it.
-    assert "25.0 %" in words and "2.0 KiB" in words and "1.0 MiB" in words
+    # Penalty's share over the tasks that had a past: 1.0 of 4.0 seconds, 50 ms of a step; sizes beside it.
+    assert "25.0 %" in words and "50.0 ms" in words and "2.0 KiB" in words and "1.0 MiB" in words
+
+
+def test_what_is_drawn_and_tabled_has_a_name():
+    shown = page([result(arm, seed, order=order) for arm in ARMS for seed in (0, 1) for order in ("a", "b")])
+    for tag, attrs in shown.tags:
+        if tag == "svg":
+            assert attrs.get("aria-hidden") == "true" or (attrs["role"] == "img" and len(attrs["aria-label"]) > 10)
+        if tag == "th":
+            assert attrs["scope"] in ("col", "row", "colgroup")
+        if attrs.get("role") == "region":
+            assert attrs["aria-label"] and attrs["tabindex"] == "0"
+    # Headings go down one level at a time.
+    levels = [int(tag[1]) for tag, _ in shown.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 def test_curves_stand_where_the_numbers_are():
     """x from the first to the last task, y from 0 to 100 downwards."""
     text = render_html([result("ella")], title="t", notes={}, env=ENV)
-    first, second = re.findall(r'<polyline points="([^"]*)" stroke="#1f6feb" stroke-width="2.5"', text)
-    points = [tuple(map(float, point.split(","))) for point in first.split()]
-    assert [x for x, _ in points] == [38.0, 183.0, 328.0]
-    assert [round(y, 1) for _, y in points] == [round(12 + 162 * (1 - v / 100), 1) for v in (80, 70, 50)]
+    average, first, second = re.findall(r'<polyline points="([^"]*)" fill="none" stroke="#1f6feb"', text)
+    places = [[tuple(map(float, point.split(","))) for point in line.split()] for line in (average, first)]
+    for points, values in zip(places, ((80, 80, 65), (80, 70, 50)), strict=True):
+        assert [x for x, _ in points] == [38.0, 183.0, 328.0]
+        assert [round(y, 1) for _, y in points] == [round(12 + 162 * (1 - v / 100), 1) for v in values]
     assert len(second.split()) == 2
+
+
+def test_many_tasks_are_many_small_panels():
+    names = [f"task number {i}" for i in range(15)]
+    results = [result(arm) for arm in ARMS]
+    for r in results:
+        r.matrix = AccuracyMatrix(names, [[90.0 - i] * 15 for i in range(15)])
+    shown = page(results)
+    assert figures(shown, "forgetting") == 14
+    sizes = {
+        attrs["width"] for tag, attrs in shown.tags if tag == "svg" and "accuracy on" in attrs.get("aria-label", "")
+    }
+    assert sizes == {"236"} and "15. task number 14" not in shown.text and "14. task number 13" in shown.text
+
+
+def test_arms_look_different_on_both_papers():
+    given = {arm: "" for arm in (*COLORS, *(f"ella, λ {i}" for i in range(8)))} | {"joint": "earlier examples"}
+    found = looks(given)
+    assert len({(look.color, look.dash) for look in found.values()}) == len(given) == 20
+    assert len({found[arm].color for arm in COLORS}) == len(COLORS)
+
+    def light(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    # 3 to 1 is what the web's guidelines ask of graphics.
+    for color in (*COLORS.values(), *OTHER_COLORS):
+        for paper in ("#ffffff", "#f6f8fa", "#0d1117", "#151b23"):
+            bright, dark = sorted((light(color), light(paper)), reverse=True)
+            assert (bright + 0.05) / (dark + 0.05) >= 3, (color, paper)
 
 
 def test_cells_that_were_not_measured():
@@ -134,23 +195,33 @@ def test_cells_that_were_not_measured():
 
 
 def test_only_the_reference_arm_and_only_one_task():
-    assert page([result("alone")]).count("svg") == 0
+    assert figures(page([result("alone")]), "forgetting") == 0
     single = page([result(arm, names=["only"]) for arm in ARMS])
+    # The headline, a matrix for every arm, the costs, how it was run.
     assert single.count("svg") == 0 and single.count("table") == 6
 
 
 def test_names_are_escaped():
-    evil = ['<script>alert("x")</script>', 'a & b\'s "quoted" </svg>', "third {body}"]
-    text = render_html(
-        [result(arm, names=evil) for arm in ARMS],
-        title="<b>{style}</b>",
-        notes={"<i>key": "<img src=x>"},
-        env={**ENV, "command": "ella run '<u>'"},
-    )
-    assert "<script" not in text and "<img" not in text and "<u>" not in text and "<b>{" not in text
+    evil = ['<script>alert("x")</script>', 'a & b\'s "quoted" </svg>', "third {body} | pipe"]
+    results = [result(arm, names=evil) for arm in ARMS]
+    results.append(result("inclora", names=evil, label='"><script>|*x*`'))
+    results.append(result("inclora", names=evil, order="</h2><img>"))
+    for r in results:
+        r.tasks[1]["interference"] = {'<i onclick="x">.query': 1.0, "b.query": 2.0}
+        r.tasks[1]["state_bytes"] = r.tasks[0]["state_bytes"] = r.tasks[2]["state_bytes"] = 5
+    options = {"title": "<b>{style}</b>", "notes": {"<i>key": "<img src=x>\n| a"}}
+    text = render_html(results, **options, env={**ENV, "command": "ella run '<u>'"})
+    for found in ("<script", "<img", "<u>", "<b>{", "<i o"):
+        assert found not in text, found
     shown = Page(text)
-    assert shown.count("svg") == 2 and '<script>alert("x")</script>' in shown.text
-    assert "<b>{style}</b>" in shown.text and "<img src=x>" in shown.text
+    assert figures(shown, "forgetting") == 4 and '<script>alert("x")</script>' in " ".join(shown.text)
+    assert "<b>{style}</b>" in shown.text and "<img src=x>\n| a" in shown.text
+    marked = render_markdown(results, **options, env={**ENV, "command": "ella run '<u>|`'"})
+    assert not re.search(r"<(?!/?(details|summary)>)", marked)
+    # No name makes a cell of its own: all rows of a table have the same number of bars.
+    for block in marked.split("\n\n"):
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines() if line.startswith("|")}
+        assert len(bars) <= 1, block
 
 
 def test_seeds_are_averaged_and_listed():
@@ -160,8 +231,9 @@ def test_seeds_are_averaged_and_listed():
     assert summary["mean"]["OA"] == pytest.approx(65 + 1) and summary["per_seed"]["OA"] == pytest.approx([65.0, 67.0])
     assert summary["mean"]["BWT"] == pytest.approx((-17.5 - 20.5) / 2)
     assert summary["seconds"] == pytest.approx(9.0) and summary["step_milliseconds"] == pytest.approx(200.0)
+    assert summary["sd"]["OA"] == pytest.approx(math.sqrt(2))
     text = " ".join(page(results).text)
-    assert "(65.0, 67.0)" in text and "0, 1" in text
+    assert "66.0 ± 1.4" in text and "(65.0, 67.0)" in text and "0, 1" in text
 
 
 def test_a_mean_over_a_hole_is_a_hole():
@@ -182,12 +254,275 @@ def test_files_are_written_and_json_is_strict(tmp_path):
     data = json.loads(json_path.read_text(encoding="utf-8"), parse_constant=refuse)
     assert data["title"] == "t ü" and data["notes"] == {"a": "b"} and data["environment"] == ENV
     assert list(data["arms"]) == [*ARMS, "alone"] and len(data["runs"]) == 8
+    assert data["comparisons"][0]["rival"] == "seqlora" and data["comparisons"][0]["mean"] == 0.0
     assert data["arms"]["ella"]["mean"] == {"OA": 65.0, "BWT": -17.5, "FWT_zero_shot": None, "FWT_learning": None}
     assert data["arms"]["ella"]["matrix"]["rows"][0] == [80.0, 30.0, None]
     back = StreamResult.from_dict(data["runs"][2])
     assert back.arm == "ella" and back.matrix.overall_accuracy() == 65.0
     assert html_path.read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+# --- which is better --------------------------------------------------------------------------------------------------
+
+
+def scored(label: str, seed: int, final: float, arm="inclora", order="", bwt=-10.0) -> StreamResult:
+    """A run of two tasks with overall accuracy ``final`` and backward transfer ``bwt``."""
+    r = result(arm, seed, names=["x", "y"], label=label, order=order)
+    r.matrix.rows = [[final - bwt, NAN], [final, final]]
+    return r
+
+
+def three_seeds(label: str, finals, **options) -> list[StreamResult]:
+    return [scored(label, seed, final, **options) for seed, final in enumerate(finals)]
+
+
+ELLA = three_seeds("", (70.0, 72.0, 74.0), arm="ella")
+
+
+@pytest.mark.parametrize(
+    "rivals, sentence",
+    [
+        # Differences 5, 6, 10: mean 7, standard deviation √7, standard error √(7/3).
+        (((65.0, 66.0, 64.0),), "7.0 ± 1.5 points above x0, the best other method, ahead on 3 of 3 seeds."),
+        # The best by mean, though x1 is better on two seeds.
+        (
+            ((80.0, 80.0, 80.0), (85.0, 85.0, 0.0)),
+            "8.0 ± 1.2 points below x0, the best other method, ahead on 0 of 3 seeds.",
+        ),
+        (
+            ((69.0, 73.0, 72.0),),
+            "0.7 ± 0.9 points above x0, the best other method, ahead on 2 of 3 seeds; "
+            "this difference is less than two standard errors.",
+        ),
+        (
+            ((70.0, 72.0, 74.0),),
+            "level with x0, the best other method (a difference of 0.0 ± 0.0 points), ahead on 0 of 3 seeds.",
+        ),
+        (((60.0,),), "10.0 points above x0, the best other method, ahead on the one seed that both have."),
+        (((60.0, 61.0),), "10.5 ± 0.5 points above x0, the best other method, ahead on 2 of 2 seeds that both have."),
+    ],
+)
+def test_ella_and_the_best_other_in_words(rivals, sentence):
+    results = [*ELLA, *(r for i, finals in enumerate(rivals) for r in three_seeds(f"x{i}", finals))]
+    assert comparisons(results)[0].sentence == f"By overall accuracy ELLA is {sentence}"
+    assert f"ELLA is {sentence}" in " ".join(page(results).text) and f"ELLA is {sentence}" in render_text(results)
+
+
+def test_no_rival_no_comparison():
+    """ELLA under other settings is no other method, a reference no rival; without a common seed there is no pair."""
+    variant = three_seeds("ella, strong", (99.0, 99.0, 99.0), arm="ella")
+    reference = three_seeds("", (99.0, 99.0, 99.0), arm="joint")
+    other_seed = [scored("late", 9, 50.0)]
+    assert comparisons([*ELLA, *variant, *reference, *other_seed]) == [] == comparisons(variant + other_seed)
+    found = comparisons([*ELLA, *variant, *reference, *three_seeds("x", (1.0, 2.0, 3.0))])
+    assert [c.rival for c in found] == ["x", "x"]
+
+
+def test_backward_transfer_has_its_own_best_rival():
+    results = [*ELLA, *three_seeds("sharp", (69.0,) * 3, bwt=-30.0), *three_seeds("calm", (40.0,) * 3, bwt=-2.0)]
+    by_oa, by_bwt = comparisons(results)
+    assert (by_oa.rival, by_bwt.rival) == ("sharp", "calm") and by_bwt.mean == pytest.approx(-8.0)
+    assert by_bwt.sentence.startswith("By backward transfer ELLA is 8.0 ± 0.0 points below calm")
+
+
+def table_of(text: str, caption: str) -> list[list[str]]:
+    """Cells of the markdown table under ``caption``, its two head lines left out."""
+    block = text.partition(f"{caption}:\n\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+
+
+HEADLINE = "All methods, best overall accuracy first"
+OPTIONS = {"title": "t", "notes": {}, "env": ENV}
+
+
+def test_methods_are_ordered_and_references_stand_below():
+    results = [
+        *three_seeds("worse", (50.0, 51.0, 52.0)),
+        *three_seeds("", (90.0, 90.0, 90.0), arm="joint"),
+        *ELLA,
+        *three_seeds("", (80.0, 80.0, 80.0), arm="alone"),
+        *three_seeds("better", (75.0, 75.0, 75.0)),
+    ]
+    assert ranked(summarise(results)) == (["better", "ella", "worse"], ["joint", "alone"])
+    rows = table_of(render_markdown(results, **OPTIONS), HEADLINE)
+    assert [row[0] for row in rows] == [
+        "better",
+        "ELLA",
+        "worse",
+        "*References: given what a stream does not give*",
+        "joint training (earlier examples)",
+        "an adapter per task (task ids)",
+    ]
+    # The best method is bold, not the better reference.
+    assert rows[0][1] == "**75.0 ± 0.0** (75.0, 75.0, 75.0)" and rows[4][1] == "90.0 ± 0.0 (90.0, 90.0, 90.0)"
+    shown = page(results)
+    words = [t for t in shown.text if t.strip()]
+    assert (
+        words.index("better") < words.index("References: given what a stream does not give") < words.index("task ids")
+    )
+    text = render_text(results)
+    assert text.index("\nbetter ") < text.index("\nworse ") < text.index("\njoint training (earlier examples) ")
+
+
+def test_missing_seeds_and_unfinished_runs_are_said():
+    unfinished = result("seqlora", 0)
+    unfinished.matrix = AccuracyMatrix(NAMES, [[80.0, 30.0, NAN]])
+    results = [result("ella", 0), result("ella", 1), result("inclora", 1), unfinished]
+    summary = summarise(results)
+    assert summary["seqlora"]["seeds"] == [] and math.isnan(summary["seqlora"]["mean"]["OA"])
+    rows = {row[0]: row[1] for row in table_of(render_markdown(results, **OPTIONS), HEADLINE)}
+    assert rows["IncLoRA (seeds 1 only)"] == "**65.0**" and rows["SeqLoRA (not finished)"] == "–"
+    assert list(rows)[-1].startswith("SeqLoRA")
+    assert "nan" not in render_html(results, **OPTIONS).lower() and "nan" not in render_text(results)
+
+
+def test_joint_training_has_scores_for_the_end_only():
+    joint = result("joint")
+    joint.matrix.rows = [[NAN] * 3, [NAN] * 3, [70.0, 80.0, 90.0]]
+    for render in (render_html, render_markdown):
+        text = render([joint, result("ella")], **OPTIONS)
+        assert "nan" not in text.lower() and "80.0" in text
+    rows = table_of(render_markdown([joint, result("ella")], **OPTIONS), HEADLINE)
+    assert rows[-1] == ["joint training (earlier examples)", "80.0", "–"]
+
+
+def test_markdown_and_json_have_the_same_numbers(tmp_path):
+    results = [
+        *ELLA,
+        *three_seeds("x", (60.0, 61.5, 64.0), bwt=-20.0),
+        *three_seeds("", (90.0, 91.0, 95.0), arm="joint"),
+    ]
+    json_path, _ = write_report(tmp_path, results, **OPTIONS)
+    data = json.loads(json_path.read_text(encoding="utf-8"))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = {row[0].split(" (")[0]: row[1:] for row in table_of(text, HEADLINE)}
+    for values in data["arms"].values():
+        for metric, cell in zip(("OA", "BWT"), rows[values["title"]], strict=False):
+            numbers = [float(n) for n in re.findall(r"[+-]?\d+\.\d", cell)]
+            expected = [values["mean"][metric], values["sd"][metric], *values["per_seed"][metric]]
+            assert numbers == pytest.approx([round(v, 1) for v in expected], abs=0.051)
+    for arm, values in data["arms"].items():
+        matrix = table_of(text.replace("\\", ""), "IncLoRA" if arm == "inclora" else values["title"])
+        for row, scores in zip(matrix, values["matrix"]["rows"], strict=True):
+            cells = [float(c.strip("*")) if c else None for c in row[1:]]
+            assert cells == pytest.approx(scores, abs=0.051)
+    assert comparisons(results)[0].sentence in text.replace("\\", "")
+
+
+# --- several orders ---------------------------------------------------------------------------------------------------
+
+
+def orders_of_two() -> list[StreamResult]:
+    results = []
+    for order, shift in (("standard-1", 0.0), ("standard-2", 10.0), ("mine", -20.0)):
+        results += three_seeds("", (70 + shift, 72 + shift, 74 + shift), arm="ella", order=order)
+        results += three_seeds("olora", (60 + shift, 60 + shift, 60 + shift), order=order)
+        results += three_seeds("", (80 + shift, 80 + shift, 80 + shift), arm="joint", order=order)
+    return results + three_seeds("new", (99.0, 99.0, 99.0), order="mine")
+
+
+def test_several_orders(tmp_path):
+    results = orders_of_two()
+    json_path, html_path = write_report(tmp_path, results, **OPTIONS)
+    data = json.loads(json_path.read_text(encoding="utf-8"))
+    assert "arms" not in data and list(data["orders"]) == ["standard-1", "standard-2", "mine"]
+    assert data["orders"]["standard-2"]["arms"]["ella"]["mean"]["OA"] == pytest.approx(82.0)
+    assert data["orders"]["mine"]["comparisons"][0]["rival"] == "new"
+    over = data["over_orders"]
+    assert over["arms"]["ella"]["mean"]["OA"] == pytest.approx((72 + 82 + 52) / 3)
+    # An arm of one order only is no rival over all of them, and has no mean.
+    assert over["arms"]["new"]["mean"]["OA"] is None and over["arms"]["new"]["orders"]["OA"]["mine"] == 99.0
+    first = over["comparisons"][0]
+    assert (first["rival"], first["mean"], first["wins"], first["pairs"]) == ("olora", pytest.approx(12.0), 9, 9)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.M) == ["All orders", "standard-1", "standard-2", "mine", "How it was run"]
+    assert "ahead on 9 of 9 runs." in text
+    rows = {row[0]: row[1:] for row in table_of(text, "Overall accuracy by order of the tasks")}
+    assert rows["ELLA"] == ["**68.7**", "**72.0**", "**82.0**", "52.0"] and rows["new"] == ["–", "–", "–", "**99.0**"]
+    shown = Page(html_path.read_text(encoding="utf-8"))
+    assert shown.count("h3") == 9 and figures(shown, "average") == 3
+    terminal = render_text(results)
+    assert "mean over 3 orders" in terminal and "nan" not in terminal and "after x" not in terminal
+
+
+def test_one_named_order_has_no_heading_of_its_own():
+    text = render_markdown(three_seeds("", (70.0, 71.0, 72.0), arm="ella", order="mine"), **OPTIONS)
+    assert "All orders" not in text and "mine" not in text.replace("mine the", "")
+
+
+def test_published_numbers_stand_beside_ours_where_they_belong():
+    text = render_markdown(orders_of_two(), **OPTIONS)
+    assert text.count("Published overall accuracy") == 1
+    rows = {row[0]: row[1:] for row in table_of(text, "Published overall accuracy, standard orders")}
+    # Ours over the two orders of this family: the third is another.
+    assert rows["ELLA"] == ["79.9", "77.0"] and rows["O-LoRA"] == ["75.8", "65.0"] and rows["GORP"] == ["79.8", "–"]
+    assert rows["joint training"] == ["80.0", "85.0"] and "another model" in text
+    single = [r for r in orders_of_two() if r.config["order"] == "standard-1"]
+    assert "| ELLA | 79.9 | 72.0 |" in render_markdown(single, **OPTIONS)
+    assert "Published" not in render_markdown(ELLA, **OPTIONS)
+    long = render_markdown(three_seeds("", (60.0,), arm="ella", order="long-4"), **OPTIONS)
+    assert table_of(long, "Published overall accuracy, long orders")[0] == ["GORP", "76.0", "–"]
+
+
+# --- cost and interference --------------------------------------------------------------------------------------------
+
+
+def test_bytes_against_the_number_of_tasks():
+    results = [result(arm) for arm in ARMS]
+    for r, sizes in zip(results, ((0, 0, 0), (1024, 2048, 3072), (2048, 2048, 2048)), strict=True):
+        for task, size in zip(r.tasks, sizes, strict=True):
+            task |= {"state_bytes": size, "peak_bytes": 5 << 20}
+        r.state_bytes = sizes[-1]
+    rows = {row[0]: row[1:] for row in table_of(render_markdown(results, **OPTIONS), "Time and memory")}
+    assert rows["SeqLoRA"][3:] == ["5.0 MiB", "0 B", "nothing", "–"]
+    assert rows["IncLoRA"][3:] == ["5.0 MiB", "1.0 KiB", "3.0 KiB growing", "1.0 MiB"]
+    assert rows["ELLA"][2:6] == ["50.0 ms (25.0 %)", "5.0 MiB", "2.0 KiB", "2.0 KiB constant"]
+    shown = page(results)
+    assert figures(shown, "carried") == 1 and "3.0 KiB" in shown.text
+    # Runs of before the sizes were recorded: what is known of them, and no chart.
+    assert figures(page([result(arm) for arm in ARMS]), "carried") == 0
+
+
+def test_how_bytes_grow():
+    assert growth([]) == "" == growth([7]) and growth([0]) == "nothing"
+    assert growth([0, 5, 5, 5]) == "constant from task 2 on" and growth([5, 9, 7]) == "varying"
+
+
+def test_interference_is_shown_where_it_was_recorded():
+    assert "Interference" not in render_markdown([result("ella")], **OPTIONS)
+    first, second = result("ella", 0), result("ella", 1)
+    for r, factor in ((first, 1.0), (second, 3.0)):
+        for i in (1, 2):
+            r.tasks[i]["interference"] = {f"m.layer.{n}.query": factor * i * 10.0**n for n in range(3)}
+    text = render_markdown([first, second, result("seqlora")], **OPTIONS)
+    rows = table_of(text, "ELLA: interference")
+    assert rows == [["second", "222", "200 m.layer.2.query"], ["third", "444", "400 m.layer.2.query"]]
+    shown = page([first, second, result("seqlora")])
+    strengths = [float(attrs["fill-opacity"]) for tag, attrs in shown.tags if tag == "rect"]
+    # Row by row; the smallest is still seen, the largest full.
+    assert len(strengths) == 6 and strengths[0] == min(strengths) == 0.08 and strengths[-1] == max(strengths) == 1.0
+    assert "2" in shown.text and "m.layer.1.query, second: 20" in shown.text
+
+
+def test_settings_of_one_arm_are_said():
+    r = result("ella", label="ella, strong")
+    shared = EllaConfig(ella_lambda=0.5).to_dict()
+    r.config |= {"settings": {"ella_lambda": 2.0, "past_rank": 128}, "ella": shared}
+    text = " ".join(page([r]).text)
+    # Only what is other than it would have been.
+    assert "set for ella, strong ella_lambda 2.0 machine" in re.sub(r"\s+", " ", text)
+    assert "set for" not in " ".join(page([result("ella")]).text)
+
+
+def test_the_readme_reads_todays_reports_and_those_of_version_0_1(tmp_path):
+    results = [result(arm, seed, seed * 6.0) for arm in ARMS for seed in (0, 1)]
+    path, _ = write_report(tmp_path, results, **OPTIONS)
+    path.rename(tmp_path / "continual_benchmark.json")
+    text = section(tmp_path)
+    assert "IncLoRA" in text and "66.0 (65.0, 67.0)" in text and "The penalty takes 25.0 % of a training step" in text
+    committed = section(Path(__file__).parents[2] / "bench" / "results")
+    assert "SeqLoRA" in committed and "IncLoRA" in committed and "Not measured yet" not in committed
 
 
 def test_matrix_as_text():

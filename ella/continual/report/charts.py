@@ -123,25 +123,27 @@ def line_chart(
     ``small`` panels number the tasks (from 1) instead of naming them.
     """
     width, height, bottom = (236, 150, 24) if small else (340, 220, 46)
-    left = 38 if most == 100 else 58
+    left = 38 if most == 100 else 64
     plot = _Plot(width, height, left, bottom, first, len(tasks) - 1, most or 1.0)
     marks = []
     for part in (0, 0.25, 0.5, 0.75, 1) if not small else (0, 0.5, 1):
         y = plot.y(part * plot.most)
         marks.append(
-            f'<line class="grid" x1="{left}" x2="{width - plot.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{left}" x2="{width - plot.right}" y1="{y:.1f}" y2="{y:.1f}" '
+            'stroke="currentColor" stroke-opacity=".25"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{esc(show(part * plot.most))}</text>'
         )
     marks += _task_names(plot, tasks, small)
     for line in lines:
         if len(line.single) > 1:
             marks += [
-                f'<polyline points="{plot.points(single)}" stroke="{line.look.color}" stroke-width="1" opacity=".3"/>'
+                f'<polyline points="{plot.points(single)}" stroke="{line.look.color}" '
+                'fill="none" stroke-width="1" opacity=".3"/>'
                 for single in line.single
                 if len(single) > 1
             ]
         if len(line.points) > 1:
-            marks.append(f'<polyline points="{plot.points(line.points)}"{_stroke(line.look)}/>')
+            marks.append(f'<polyline points="{plot.points(line.points)}" fill="none"{_stroke(line.look)}/>')
         marks += [
             f'<circle cx="{plot.x(i):.1f}" cy="{plot.y(v):.1f}" r="{2 if small else 3}" fill="{line.look.color}">'
             f"<title>{esc(line.title)}: {esc(show(round(v, 1)))} after {esc(tasks[i])}</title></circle>"
@@ -152,15 +154,12 @@ def line_chart(
         for line in lines
         if line.points
     )
-    return Chart(
-        f'<figure class="{kind}"><figcaption>{esc(caption)}</figcaption><svg viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" role="img" aria-label="{esc(f"{what}: {ends}")}">{"".join(marks)}</svg>'
-        "</figure>"
-    )
+    return _figure(kind, caption, f"{what}: {ends}", width, height, marks)
 
 
 def _task_names(plot: _Plot, tasks: Sequence[str], small: bool) -> list[str]:
     marks = []
+    two_lines = not small and max(map(len, tasks)) > 4
     every = max(1, math.ceil((plot.last - plot.first + 1) / 8))
     for i in range(plot.first, plot.last + 1):
         # Small panels name every few tasks, and always the last.
@@ -168,8 +167,8 @@ def _task_names(plot: _Plot, tasks: Sequence[str], small: bool) -> list[str]:
             continue
         anchor = "middle" if small or plot.first == plot.last else "start" if i == plot.first else "middle"
         anchor = "end" if not small and i == plot.last > plot.first else anchor
-        # Neighbouring names stand on two lines so that long ones do not run into each other.
-        level = plot.height - plot.bottom + (18 if small or (i - plot.first) % 2 == 0 else 34)
+        # Long names of neighbours stand on two lines, so that they do not run into each other.
+        level = plot.height - plot.bottom + (34 if two_lines and (i - plot.first) % 2 else 18)
         name = str(i + 1) if small else _short(tasks[i])
         marks.append(f'<text x="{plot.x(i):.1f}" y="{level}" text-anchor="{anchor}">{esc(name)}</text>')
     return marks
@@ -203,9 +202,14 @@ def strip_chart(caption: str, look: Look, found: Interference) -> Chart:
         for x in range(len(found.tasks))
     ]
     label = f"interference of {len(names)} layers at the end of {len(found.tasks)} tasks; the table has the numbers"
+    return _figure("strip", caption, label, width, height, marks)
+
+
+def _figure(kind: str, caption: str, label: str, width: int, height: int, marks: Sequence[str]) -> Chart:
     return Chart(
-        f'<figure class="strip"><figcaption>{esc(caption)}</figcaption><svg viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" role="img" aria-label="{esc(label)}">{"".join(marks)}</svg></figure>'
+        f'<figure class="{kind}"><figcaption>{esc(caption)}</figcaption><svg viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-size="11" fill="currentColor" role="img" '
+        f'aria-label="{esc(label)}">{"".join(marks)}</svg></figure>'
     )
 
 

@@ -61,7 +61,7 @@ class Comparison:
             count += " that both have"
         # Few seeds make no test; but a difference of the size of its own error should not be read as one.
         if self.pairs > 1 and abs(self.mean) < 2 * self.standard_error:
-            count += "; this is less than two standard errors"
+            count += "; this difference is less than two standard errors"
         return f"By {METRIC_TITLES[self.metric]} {said}, {count}."
 
 

@@ -86,20 +86,20 @@ caption { text-align:left; font-weight:600; padding:0 0 6px }
 th { text-align:left; font-weight:500; color:var(--soft) } td { text-align:right; white-space:nowrap }
 th,td { padding:6px 12px } thead th { vertical-align:bottom; max-width:170px }
 thead th+th,thead td+th { text-align:right }
-tbody tr>* { border-top:1px solid var(--line) } tbody th { color:var(--ink) }
+tbody tr>* { border-top:1px solid var(--line) } tbody th { color:var(--ink); min-width:9em }
 .ours { background:var(--card) } .ours th { font-weight:700 } small { color:var(--soft); font-weight:400 }
 .divider th { border-top:2px solid var(--soft); color:var(--soft); font-size:13px; padding-top:10px }
 .panels { display:flex; flex-wrap:wrap; gap:16px; align-items:flex-start }
 figure { margin:0; max-width:100%; background:var(--card); padding:14px; border:1px solid var(--line);
   border-radius:8px }
 figcaption { font-weight:600; margin-bottom:6px } .strip svg { max-width:none } .strip { overflow-x:auto }
-svg { max-width:100%; height:auto; display:block } svg text { font-size:11px; fill:var(--soft) }
-polyline,path { fill:none; stroke-linejoin:round } .grid { stroke:var(--line) }
+svg { max-width:100%; height:auto; display:block; color:var(--soft) } polyline { stroke-linejoin:round }
 .legend { list-style:none; display:flex; flex-wrap:wrap; gap:4px 20px; margin:12px 0; padding:0 }
 .swatch { display:inline-block; margin-right:7px; vertical-align:middle }
 .dot { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:7px }
 details summary { cursor:pointer; color:var(--soft); margin:6px 0 } details[open] summary { margin-bottom:12px }
-.matrix { font-size:13px } .matrix th,.matrix td { padding:4px 8px; border:0 } .matrix th { color:var(--soft) }
+.matrix { font-size:13px } .matrix th,.matrix td { padding:4px 8px; border:0 }
+.matrix th { color:var(--soft); min-width:0 }
 .matrix td { background:color-mix(in srgb, var(--hue, transparent) calc(var(--shade, 0) * 45%), transparent) }
 .matrix .own { outline:1.5px solid var(--ink); outline-offset:-2px; border-radius:3px }
 .matrix .quiet { color:var(--soft); font-style:italic }

@@ -105,6 +105,11 @@ def _ranked_rows(summary: Summary, look: Mapping[str, Look], cells: Any, best: A
     return rows
 
 
+def _in_order(summary: Summary) -> list[str]:
+    methods, references = ranked(summary)
+    return [*methods, *references]
+
+
 def _best(summary: Summary, metric: str) -> set[str]:
     values = {arm: s["mean"][metric] for arm, s in summary.items() if not s["given"]}
     known = [v for v in values.values() if not math.isnan(v)]
@@ -149,9 +154,7 @@ def _over_orders(
         title = METRIC_TITLES[metric]
         blocks.append(Table(f"{title[0].upper()}{title[1:]} by order of the tasks", ["mean over orders", *names], rows))
     blocks.append(
-        Text(
-            "Means over seeds. A method that lacks an order has no mean. Sentences pair runs of the same order and seed."
-        )
+        Text("Means over seeds. A method that lacks an order has no mean. Sentences pair runs of one order and seed.")
     )
     for family in FAMILIES:
         orders = [order for order in summaries if family_of(order) == family]
@@ -168,7 +171,7 @@ def _details(
     runs: Sequence[StreamResult], summary: Summary, look: Mapping[str, Look], level: int, fold: bool
 ) -> list[Block]:
     blocks = _curves(by_arm(runs), summary, look, level)
-    matrices = [_matrix(s["title"], s["matrix"], look[arm].color) for arm, s in summary.items()]
+    matrices = [_matrix(summary[arm]["title"], summary[arm]["matrix"], look[arm].color) for arm in _in_order(summary)]
     blocks += [
         Heading("Accuracy matrices", level),
         Text("Row: after which task. Column: tested on which. Percent, mean over seeds; the diagonal is marked."),
@@ -185,14 +188,28 @@ def _curves(
     """The average so far, and the forgetting curves of all tasks but the last; nothing for a stream of one."""
     tasks = next(iter(summary.values()))["matrix"].tasks
     # Chosen by the task's name, its adapters forget nothing: no curve.
-    shown = [arm for arm in (*ranked(summary)[0], *ranked(summary)[1]) if arm != "alone"]
+    shown = [arm for arm in _in_order(summary) if arm != "alone"]
     if len(tasks) < 2 or not shown:
         return []
+    drawn = [*shown, *(arm for arm in summary if arm == "alone")]
     small = len(tasks) > 6
-    average = [
-        Line(summary[arm]["title"], look[arm], _known(average_so_far(summary[arm]["matrix"])))
-        for arm in (*shown, *(arm for arm in summary if arm == "alone"))
+    averages = {arm: average_so_far(summary[arm]["matrix"]) for arm in drawn}
+    rows = [
+        Row(
+            summary[arm]["title"],
+            [Cell(number(v, "–")) for v in averages[arm]],
+            color=look[arm].color,
+            ours=arm == OURS,
+        )
+        for arm in drawn
     ]
+    average = line_chart(
+        "Average accuracy so far" + (", by number of tasks" if small else ""),
+        [Line(summary[arm]["title"], look[arm], _known(averages[arm])) for arm in drawn],
+        [str(i + 1) for i in range(len(tasks))] if small else tasks,
+        what="mean accuracy over the tasks learned so far, after each task",
+        kind="average",
+    )
     panels = [
         line_chart(
             f"{j + 1}. {name}" if small else name,
@@ -207,18 +224,9 @@ def _curves(
     ]
     return [
         Heading("What is still known", level),
-        legend({arm: look[arm] for arm in (*shown, *(a for a in summary if a == "alone"))}, _titles(summary)),
-        Panels(
-            [
-                line_chart(
-                    "Average accuracy so far" + (", by number of tasks" if small else ""),
-                    average,
-                    [str(i + 1) for i in range(len(tasks))] if small else tasks,
-                    what="mean accuracy over the tasks learned so far, after each task",
-                    kind="average",
-                )
-            ]
-        ),
+        legend({arm: look[arm] for arm in drawn}, _titles(summary)),
+        Panels([average]),
+        Panels([Table("Average accuracy so far, after each task", tasks, rows)], fold="average accuracy as a table"),
         Chart(
             "<p>Each panel is one task: its accuracy from the moment it was learned to the end of the stream. Lines "
             "are means over seeds, thin ones single seeds. Flat is good."
@@ -259,9 +267,9 @@ def _matrix(title: str, matrix: AccuracyMatrix, color: str) -> Table:
 
 def _costs(summary: Summary, look: Mapping[str, Look]) -> list[Block]:
     rows: list[Row | Divider] = []
-    for arm in (*ranked(summary)[0], *ranked(summary)[1]):
+    for arm in _in_order(summary):
         s = summary[arm]
-        carried = s["state_bytes_by_task"]
+        carried, growing = s["state_bytes_by_task"], s["state_growth"]
         own = "–"
         if not math.isnan(s["own_milliseconds"]):
             own = f"{s['own_milliseconds']:.1f} ms"
@@ -272,7 +280,7 @@ def _costs(summary: Summary, look: Mapping[str, Look]) -> list[Block]:
             Cell(own, share),
             Cell(format_bytes(s["peak_bytes"]) if s["peak_bytes"] else "–"),
             Cell(format_bytes(carried[0]) if carried else "–"),
-            Cell(format_bytes(s["state_bytes"]) if s["state_bytes"] else "–", s["state_growth"]),
+            Cell(format_bytes(s["state_bytes"]), growing) if s["state_bytes"] else Cell("nothing" if carried else "–"),
             Cell(format_bytes(s["dense_bytes"]) if s["state_bytes"] else "–"),
         ]
         rows.append(Row(s["title"], cells, color=look[arm].color, ours=arm == OURS))
@@ -292,22 +300,20 @@ def _costs(summary: Summary, look: Mapping[str, Look]) -> list[Block]:
             "what the process, or the GPU's allocator, had taken at most until then: arms run in one process share it."
         )
     )
-    lines = [
-        Line(s["title"], look[arm], list(enumerate(map(float, s["state_bytes_by_task"])))) for arm, s in summary.items()
-    ]
-    most = max((v for line in lines for _, v in line.points), default=0.0)
-    if most and len(next(iter(summary.values()))["matrix"].tasks) > 1:
-        tasks = [str(i + 1) for i in range(max(len(line.points) for line in lines))]
+    carrying = {arm: summary[arm]["state_bytes_by_task"] for arm in _in_order(summary)}
+    most = max((size for sizes in carrying.values() for size in sizes), default=0)
+    length = max(map(len, carrying.values()))
+    if most and length > 1:
         chart = line_chart(
             "Carried, by number of tasks",
-            [line for line in lines if line.points],
-            tasks,
+            [Line(summary[arm]["title"], look[arm], list(enumerate(sizes))) for arm, sizes in carrying.items()],
+            [str(i + 1) for i in range(length)],
             what="bytes carried after each task",
             kind="carried",
             most=most,
             show=format_bytes,
         )
-        blocks += [legend({arm: look[arm] for arm in summary}, _titles(summary)), Panels([chart])]
+        blocks += [legend({arm: look[arm] for arm in carrying}, _titles(summary)), Panels([chart])]
     return blocks
 
 
