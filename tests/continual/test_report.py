@@ -166,6 +166,13 @@ def test_many_tasks_are_many_small_panels():
     assert sizes == {"236"} and "15. task number 14" not in shown.text and "14. task number 13" in shown.text
 
 
+def test_single_seeds_are_drawn_while_they_can_be_seen():
+    few = [result("ella", label=f"arm {i}", seed=seed) for i in range(4) for seed in (0, 1)]
+    many = few + [result("ella", seed=seed) for seed in (0, 1)]
+    # Two panels of a mean and two seeds, the average of means only.
+    assert page(few).count("polyline") == 4 * (2 * 3 + 1) and page(many).count("polyline") == 5 * (2 + 1)
+
+
 def test_arms_look_different_on_both_papers():
     given = {arm: "" for arm in (*COLORS, *(f"ella, λ {i}" for i in range(8)))} | {"joint": "earlier examples"}
     found = looks(given)
@@ -372,7 +379,7 @@ def test_missing_seeds_and_unfinished_runs_are_said():
     summary = summarise(results)
     assert summary["seqlora"]["seeds"] == [] and math.isnan(summary["seqlora"]["mean"]["OA"])
     rows = {row[0]: row[1] for row in table_of(render_markdown(results, **OPTIONS), HEADLINE)}
-    assert rows["IncLoRA (seeds 1 only)"] == "**65.0**" and rows["SeqLoRA (not finished)"] == "–"
+    assert rows["IncLoRA (seed 1 only)"] == "**65.0**" and rows["SeqLoRA (not finished)"] == "–"
     assert list(rows)[-1].startswith("SeqLoRA")
     assert "nan" not in render_html(results, **OPTIONS).lower() and "nan" not in render_text(results)
 

@@ -106,7 +106,8 @@ details summary { cursor:pointer; color:var(--soft); margin:6px 0 } details[open
 .facts td { text-align:left; white-space:normal; overflow-wrap:anywhere }
 .facts th { vertical-align:top; color:var(--soft) }
 code { font-size:13px }
-@media (max-width:600px) { body { padding:20px 12px 48px } th,td { padding:5px 7px } figure { padding:10px } }
+@media (max-width:600px) { body { padding:20px 12px 48px } th,td { padding:5px 7px } figure { padding:10px }
+  td small { display:block } tbody th { min-width:6.5em } }
 @media print { details>* { display:block } figure { break-inside:avoid } }
 """
 

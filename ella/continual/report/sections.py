@@ -26,6 +26,7 @@ from .summary import (
     over_orders,
     ranked,
     summarise,
+    title_of,
 )
 from .text import format_bytes, mean_and_spread, number
 
@@ -127,7 +128,8 @@ def _seeds_of(seeds: Sequence[int], everyone: set[int]) -> str:
     """Nothing for an arm with all seeds."""
     if set(seeds) == everyone:
         return ""
-    return f"seeds {', '.join(map(str, seeds))} only" if seeds else "not finished"
+    plural = "s" if len(seeds) > 1 else ""
+    return f"seed{plural} {', '.join(map(str, seeds))} only" if seeds else "not finished"
 
 
 def _over_orders(
@@ -193,6 +195,8 @@ def _curves(
         return []
     drawn = [*shown, *(arm for arm in summary if arm == "alone")]
     small = len(tasks) > 6
+    # Every seed of every arm would hide the means.
+    single = len(shown) <= 4
     averages = {arm: average_so_far(summary[arm]["matrix"]) for arm in drawn}
     rows = [
         Row(
@@ -213,7 +217,7 @@ def _curves(
     panels = [
         line_chart(
             f"{j + 1}. {name}" if small else name,
-            [_forgetting(arms[arm], j, summary[arm], look[arm]) for arm in shown],
+            [_forgetting(arms[arm] if single else (), j, summary[arm], look[arm]) for arm in shown],
             tasks,
             what=f"accuracy on {name} after each task",
             kind="forgetting",
@@ -229,8 +233,8 @@ def _curves(
         Panels([Table("Average accuracy so far, after each task", tasks, rows)], fold="average accuracy as a table"),
         Chart(
             "<p>Each panel is one task: its accuracy from the moment it was learned to the end of the stream. Lines "
-            "are means over seeds, thin ones single seeds. Flat is good."
-            + (" Tasks are numbered in the order of the stream.</p>" if small else "</p>")
+            f"are means over seeds{', thin ones single seeds' if single else ''}. Flat is good."
+            f"{' Tasks are numbered in the order of the stream.' if small else ''}</p>"
         ),
         Panels(panels),
     ]
@@ -353,7 +357,7 @@ def _facts(notes: Mapping[str, str], env: Mapping[str, Any], results: Sequence[S
         "seeds": ", ".join(str(seed) for seed in sorted({r.seed for r in results})),
         "ELLA settings": _listed(config["ella"]),
         "training": _listed(_training(config)),
-        **{f"set for {arm}": _listed(found) for arm, found in settings.items() if found},
+        **{f"set for {title_of(arm)}": _listed(found) for arm, found in settings.items() if found},
         "machine": env["machine"],
         "system": f"{env['system']}, Python {env['python']}",
         "versions": _listed(env["versions"]),
