@@ -248,6 +248,8 @@ def _run_tasks(
         record = {"name": task.name} | _trained(
             arm, first if index == 0 else None, config, index, label, progress, tracker
         )
+        if tracker:
+            tracker.end_task(record["steps"])
         interference = arm.interference(index)
         if interference is not None:
             record["interference"] = interference
@@ -336,8 +338,6 @@ def _train(
                 if tracker:
                     tracker.step(step, now, added)
     seconds = time.perf_counter() - start
-    if tracker:
-        tracker.end_task(len(batches))
     model.eval()
     if losses:
         _check_training(model, torch.stack(losses), label)

@@ -249,6 +249,7 @@ def test_orders_of_the_literature():
     assert {len(order) for name, order in ORDERS.items() if name.startswith("standard")} == {4}
     longs = [order for name, order in ORDERS.items() if name.startswith("long")]
     assert len(longs) == 3 and all(sorted(order) == sorted(longs[0]) and len(set(order)) == 15 for order in longs)
+    assert len(set(ORDERS["trace-7"])) == len(ORDERS["trace-7"]) == 8
 
 
 @pytest.mark.skipif("ELLA_BENCHMARK_DIR" not in os.environ, reason="ELLA_BENCHMARK_DIR names no benchmark folder")
