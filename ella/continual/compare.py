@@ -30,6 +30,7 @@ __all__ = ["Cell", "CellsFailed", "Source", "check_arms", "check_cells", "compar
 #: What is wrong with a whole file system: no other run could be written either.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 TRACEBACK = "traceback.txt"
+FIRST = "first"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def run_cells(
     Args:
         source: what they are run with.
         cells: what to run, in this order.
-        out_dir: a run's state goes to ``out_dir/runs/<its name>``; a finished one is not run again.
+        out_dir: a run's state goes to ``out_dir/runs/<its name>``; a finished one is not run again. First tasks
+            are kept in ``out_dir/first`` for all methods that begin alike.
         title, notes: shown in the report.
         jobs: processes; 1 runs all in this one.
         threads: of all processes together; None is what PyTorch has here.
@@ -157,6 +159,8 @@ def run_cells(
         if not resume:
             for cell in cells:
                 StreamState(cell.folder(out_dir), {}).clear()
+            for folder in (Path(out_dir) / FIRST).glob("*"):
+                StreamState(folder, {}).clear()
         grid = _Grid(source, cells, Path(out_dir), title, notes, list(report_to), progress, echo)
         grid.run(min(jobs, len(cells)), threads)
         return grid.finish()
@@ -295,6 +299,7 @@ def _run_cell(
             cell.config,
             folder,
             untrained=untrained,
+            first_dir=folder.parents[1] / FIRST,
             progress=progress,
             tracker=tracker,
         )

@@ -66,7 +66,7 @@ class LoadedTasks:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Section ``tasks``: one of ``benchmark`` (and ``order`` or ``orders``), ``folders``, ``docstrings``, ``questions``; sizes.
+    """Section ``tasks``: ``benchmark`` (with ``order`` or ``orders``), ``folders``, ``docstrings`` or ``questions``.
 
     ``order`` is a list of names or the name of an order of the literature, e.g. "standard-1"; ``orders`` lists several,
     each the name of one or ``{name: text, tasks: [...]}``. ``missing`` says what becomes of a task that is not below

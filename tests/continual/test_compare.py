@@ -138,7 +138,7 @@ def grid(bert, tmp_path):
                 "lora": {"r": 4, "alpha": 8},
                 "tasks": {"benchmark": "data", "orders": orders},
                 "arms": list(arms),
-                "ella": {"normalize": "rms"},
+                "ella": {"ella_lambda": 1.0, "normalize": "rms"},
                 "training": {"batch_size": 8, "learning_rate": 1e-2},
             },
             tmp_path,
@@ -196,7 +196,7 @@ def test_what_is_finished_is_not_trained_again(grid, tmp_path, monkeypatch):
     run(grid("inclora", BROKEN), tmp_path / "out")
     assert trained == ["inclora", "inclora", "broken"] * 2
     trained.clear()
-    run(grid("inclora", {**BROKEN, "learning_rate": 1e-2}), tmp_path / "out")
+    run(grid("inclora", {**BROKEN, "learning_rate": 2e-2}), tmp_path / "out")
     assert trained == ["broken"] * 4
 
 
