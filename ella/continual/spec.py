@@ -172,15 +172,24 @@ class StreamSpec:
         sizes = self.tasks.train_examples, self.tasks.test_examples
         return [self.loaded.tasks[name].subset(*sizes, cell.config.seed) for name in cell.tasks]
 
-    def chosen(self, labels: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> StreamSpec:
-        """With these arms and seeds only, None: all of the file's. Raises ValueError for a label there is not."""
+    def chosen(
+        self, labels: Sequence[str] | None = None, seeds: Sequence[int] | None = None, data: str | None = None
+    ) -> StreamSpec:
+        """With these arms and seeds only, and the benchmark folder ``data``; None: what the file says.
+
+        Raises ValueError for a label there is not, and for ``data`` where the tasks are not a benchmark's.
+        """
+        if data is not None and self.tasks.benchmark is None:
+            raise ValueError("--data is a benchmark folder, and this stream's tasks are none of a benchmark's")
+        # Where the command was given, not beside the file.
+        tasks = self.tasks if data is None else replace(self.tasks, benchmark=str(Path(data).resolve()))
         names = [arm.name for arm in self.arms]
         labels = names if labels is None else [OLD_NAMES.get(label, label) for label in labels]
         unknown = [label for label in labels if label not in names]
         if unknown:
             raise ValueError(f"no arms {unknown} in this stream; it has {names}")
         seeds = self.seeds if seeds is None else tuple(dict.fromkeys(seeds))
-        return replace(self, arms=tuple(arm for arm in self.arms if arm.name in labels), seeds=seeds)
+        return replace(self, arms=tuple(arm for arm in self.arms if arm.name in labels), seeds=seeds, tasks=tasks)
 
     def notes(self) -> dict[str, str]:
         """What a report says of the model and of the tasks that ran."""

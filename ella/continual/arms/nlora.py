@@ -40,6 +40,7 @@ class NLora(FoldingArm):
     """
 
     title = "N-LoRA"
+    begins_plain = False
     Settings: ClassVar[type] = NLoraSettings
 
     def extra_gradient(self, index: int) -> Tensor:

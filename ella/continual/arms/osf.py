@@ -46,6 +46,7 @@ class Osf(Arm):
     Raises ValueError for a layer that is no plain linear one, or whose weight is another module's too.
     """
 
+    begins_plain = False
     title = "OSF"
     Settings: ClassVar[type] = OsfSettings
 
