@@ -31,8 +31,9 @@ class FirstTask:
         return saved["result"]
 
     def save(self, arm: Arm, record: dict[str, Any]) -> None:
-        """Keep the adapter for others, with what its training cost."""
-        self._state.save(0, "first", record, _Adapter(arm))
+        """Keep the adapter for others, with what its training cost; one that another process kept meanwhile stays."""
+        if self._state.load() is None:  # else: it may be being read
+            self._state.save(0, "first", record, _Adapter(arm))
 
 
 class _Adapter:

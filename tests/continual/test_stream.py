@@ -10,6 +10,7 @@ import torch
 
 from ella.acting import TASK
 from ella.config import EllaConfig
+from ella.continual.first import FirstTask
 from ella.continual.models import EncoderClassifier, LoraSettings, build_classifier
 from ella.continual.stream import StreamConfig, StreamResult, run_stream, task_seed
 from ella.knowledge import trained_adapter
@@ -379,6 +380,14 @@ def test_the_first_task_is_trained_once(bert, arms, tmp_path):
         assert [t["loss"] for t in result.tasks] == [t["loss"] for t in whole.tasks]
         assert len(shared.rows) == (2 * STEPS if arm == "seqlora" else STEPS)
     assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_first_task_that_others_may_be_reading_stays(bert, tmp_path):
+    arm = replace(CONFIG, arm="seqlora").make_arm(watched(bert), lambda index: pytest.fail("no training"))
+    FirstTask(tmp_path, {"a": 1}).save(arm, {"steps": 1})
+    FirstTask(tmp_path, {"a": 1}).save(arm, {"steps": 2})
+    assert FirstTask(tmp_path, {"a": 1}).load(arm) == {"steps": 1}
+    assert len([*tmp_path.glob("*/after-*")]) == 1
 
 
 @pytest.mark.parametrize(
