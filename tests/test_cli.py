@@ -266,7 +266,7 @@ def test_a_second_run_is_refused_while_the_first_lives(cli, stream):
     assert err.startswith(f"ella: another process is running here: process {pid} on ") and err.count("\n") == 1
     status, _, err = cli("run", stream, "--quiet", "--threads", "1")
     assert (status, err) == (0, "")
-    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.json", "report.md", "runs"]
+    assert sorted(p.name for p in folder.iterdir()) == ["first", "report.html", "report.json", "report.md", "runs"]
 
 
 @pytest.mark.parametrize("limit", [300, 8000])

@@ -151,10 +151,7 @@ GOOD = {"tasks": {"docstrings": ["numpy"]}}
         ({**GOOD, "arms": [{"arm": "ella", "as": "inclora"}]}, "'inclora' is another method; call this one something"),
         ({**GOOD, "arms": [{"arm": "ella", "lamda": 3}]}, r"arms: arm 'ella' has no settings \['lamda'\]; known are"),
         ({**GOOD, "arms": [{"arm": "seqlora", "ella_lambda": 3}]}, r"'seqlora' has no settings \['ella_lambda'\]"),
-        (
-            {**GOOD, "arms": [{"arm": "ella", "ella_lambda": "x"}]},
-            "arms, ella.ella_lambda: expected a number, found 'x'",
-        ),
+        ({**GOOD, "arms": [{"arm": "ella", "past_rank": "x"}]}, "arms, ella.past_rank: expected an integer, found 'x'"),
         ({**GOOD, "arms": [{"arm": "ella", "ella_lambda": -1}]}, "arms, ella: ella_lambda must be finite and at least"),
         (
             {**GOOD, "arms": [{"arm": "ella", "epochs": 0}]},
