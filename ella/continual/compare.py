@@ -6,12 +6,15 @@ import errno
 import hashlib
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+
+from tqdm.auto import tqdm
 
 from ella.atomic import make_folder, write_text_atomically
 
@@ -311,6 +314,7 @@ def _run_cell(
 def _worker(source: Source, threads: int, report_to: Sequence[str]) -> Callable[[_Item], StreamResult]:
     """What a process of several does with a cell; no bars, which would be written over each other."""
     prepare_process(threads)
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a process that is ended leaves behind
     return lambda item: _run_cell(source, item, source.build, report_to, progress=False)
 
 
