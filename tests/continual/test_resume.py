@@ -149,7 +149,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path, bert):
             run_stream(classifier or build(), tasks, config, tmp_path, progress=False)
 
     refused("config.learning_rate was 0.002, now 0.01", config=StreamConfig(batch_size=8, learning_rate=0.01))
-    refused("config.ella.ella_lambda was 10000.0, now 1.0", config=StreamConfig(batch_size=8, ella=EllaConfig(1.0)))
+    refused("ella.ella_lambda was 'auto', now 1.0", config=StreamConfig(batch_size=8, ella=EllaConfig(1.0)))
     refused("model.temperature was 20.0, now 5.0", build(temperature=5.0))
     other = tiny.save_bert(tmp_path / "other", seed=2)
     refused("model.base_fingerprint was", build_classifier(other, lora=LoraSettings(r=4, alpha=8)))
