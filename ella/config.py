@@ -33,6 +33,8 @@ class EllaConfig:
         penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026) or "spectral", the projected norm.
         past_rank: cap on the components stored per layer; the past is exact until it is reached.
         penalty_rank: components the penalty uses, the rest entering by its row and column energies; None uses all.
+        penalty_energies: False leaves what is beyond those components, or was dropped at ``past_rank``, out of it: the
+            penalty is then too small, for comparison.
         reduction: "sum" or "mean" over the penalised layers.
         include_scaling: whether ``ΔW`` carries the LoRA scaling ``α/r`` in the penalty. The past always is the true
             aggregated update, scaling included.
@@ -53,6 +55,7 @@ class EllaConfig:
     penalty: str = "hadamard"
     past_rank: int = 128
     penalty_rank: int | None = None
+    penalty_energies: bool = True
     reduction: str = "sum"
     include_scaling: bool = True
     normalize: str | None = None
@@ -69,7 +72,7 @@ class EllaConfig:
         _rank("past_rank", self.past_rank, 1)
         if self.penalty_rank is not None:
             _rank("penalty_rank", self.penalty_rank, 0)
-        for name in ("include_scaling", "skip_unsupported"):
+        for name in ("penalty_energies", "include_scaling", "skip_unsupported"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
         if not isinstance(self.adapter_name, str) or not self.adapter_name:

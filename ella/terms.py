@@ -111,6 +111,8 @@ class Terms:
             scaling /= math.sqrt(mean_square)
         if self.config.penalty_rank is not None:
             pasts = [_keep(past, self.config.penalty_rank) for past in pasts]
+        if not self.config.penalty_energies:
+            pasts = [ek.LowRank(past.left, past.right) for past in pasts]
         return [Term(index, part, past, scaling, energies[part]) for part, past in enumerate(pasts)]
 
 

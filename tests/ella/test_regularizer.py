@@ -176,6 +176,18 @@ def test_penalty_rank_uses_fewer_components_and_the_energies_of_the_rest():
     assert reg.values()["up"] == pytest.approx(penalty_by_hand(reg, total)["up"], rel=0.3)
 
 
+@pytest.mark.parametrize("options", [{"penalty_rank": 3}, {"past_rank": 3}])
+def test_without_energies_what_was_dropped_has_no_part(options):
+    config = EllaConfig(ella_lambda=1.0, penalty_energies=False, **options)
+    _, reg, total = model_with_past(config, tasks=3, targets=["up"])
+    (stored,) = reg.state().layers["up"].parts
+    (delta,) = deltas(reg)["up"]
+    kept = ek.truncate(stored.left, stored.right, 3)
+    want = (delta * (kept.left.double() @ kept.right.double())).square().sum().item()
+    assert reg.values()["up"] == pytest.approx(want, rel=1e-5)
+    assert want < 0.97 * penalty_by_hand(reg, total)["up"]
+
+
 def test_a_moved_past_is_seen():
     """The operands are kept between steps; writing into the past must not leave the penalty on the old one."""
     _, reg, _ = model_with_past(targets=["up"])
