@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ __all__ = ["environment"]
 
 
 def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Machine, versions and command: what a number needs beside it."""
+    """Machine, versions, commit and command: what a number needs beside it."""
     import torch
 
     versions = {}
@@ -30,8 +31,21 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
+        "commit": _commit(),
         "command": shlex.join(command if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _commit() -> str | None:
+    """Of the source checkout that this code is run from; None for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _processor() -> str:

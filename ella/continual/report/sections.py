@@ -360,7 +360,7 @@ def _facts(notes: Mapping[str, str], env: Mapping[str, Any], results: Sequence[S
         **{f"set for {title_of(arm)}": _listed(found) for arm, found in settings.items() if found},
         "machine": env["machine"],
         "system": f"{env['system']}, Python {env['python']}",
-        "versions": _listed(env["versions"]),
+        "versions": _listed(env["versions"]) + (f"; commit {env['commit']}" if env.get("commit") else ""),
     }
     facts: list[Row | Divider] = [Row(str(name), [Cell(str(value))]) for name, value in rows.items()]
     return Table("", [], [*facts, Row("command", [Cell(env["command"], kind="code")])], kind="facts")
