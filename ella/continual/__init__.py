@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from .docstrings import docstring_tasks
 from .metrics import AccuracyMatrix
 from .questions import question_tasks
-from .tasks import Task, TaskError, load_benchmark, read_task
+from .tasks import Task, TaskError, TextTask, load_benchmark, read_task
 
 # What needs a model loads on first use: reading tasks imports neither PEFT nor transformers.
 _HOME = {
     "EncoderClassifier": "models",
-    "LabelGenerator": "models",
+    "LabelGenerator": "generators",
     "LoraSettings": "models",
     "StreamConfig": "stream",
     "StreamResult": "stream",
@@ -31,6 +31,7 @@ __all__ = [
     "StreamResult",
     "Task",
     "TaskError",
+    "TextTask",
     "build_classifier",
     "compare_arms",
     "docstring_tasks",
@@ -42,7 +43,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .compare import compare_arms
-    from .models import EncoderClassifier, LabelGenerator, LoraSettings, build_classifier
+    from .generators import LabelGenerator
+    from .models import EncoderClassifier, LoraSettings, build_classifier
     from .stream import StreamConfig, StreamResult, run_stream
 
 

@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 from ella.atomic import make_folder, write_text_atomically
 
 from .arms import arm_class
-from .models import TextClassifier
+from .classifier import TextClassifier
 from .report import environment, render_text, title_of, write_report
 from .running import one_run
 from .state import StreamState
 from .stream import StreamConfig, StreamResult, run_stream
-from .tasks import Task
+from .tasks import AnyTask
 from .tracking import Tracker, check_integrations
 from .workers import Failure, in_processes, prepare_process
 
@@ -60,7 +60,7 @@ class Source(Protocol):
     def build(self) -> TextClassifier:
         """A fresh classifier."""
 
-    def tasks_of(self, cell: Cell) -> list[Task]:
+    def tasks_of(self, cell: Cell) -> Sequence[AnyTask]:
         """The tasks of a cell with their examples, in order."""
 
 
@@ -73,18 +73,18 @@ class _Given:
     """A :class:`Source` made of functions."""
 
     make: Callable[[], TextClassifier]
-    of_seed: Mapping[int, list[Task]]
+    of_seed: Mapping[int, list[AnyTask]]
 
     def build(self) -> TextClassifier:
         return self.make()
 
-    def tasks_of(self, cell: Cell) -> list[Task]:
+    def tasks_of(self, cell: Cell) -> Sequence[AnyTask]:
         return self.of_seed[cell.config.seed]
 
 
 def compare_arms(
     build: Callable[[], TextClassifier],
-    tasks_of_seed: Callable[[int], Sequence[Task]],
+    tasks_of_seed: Callable[[int], Sequence[AnyTask]],
     config: StreamConfig,
     *,
     arms: Sequence[str],

@@ -12,7 +12,7 @@ from .compare import check_arms, compare_arms
 from .models import LoraSettings, build_classifier, packaged_minilm
 from .questions import question_tasks
 from .stream import StreamConfig, StreamResult
-from .tasks import Task, load_benchmark
+from .tasks import Task, TaskError, load_benchmark
 
 __all__ = ["BENCHMARK_ORDER", "DEMO_CONFIG", "QUESTION_ORDER", "run_demo"]
 
@@ -58,7 +58,11 @@ def run_demo(
     size = BENCHMARK_SIZE if data else QUESTION_SIZE
     n_train, n_test = train_examples or size[0], test_examples or size[1]
     if data:
-        tasks = load_benchmark(data, order)
+        found = load_benchmark(data, order)
+        tasks = [task for task in found if isinstance(task, Task)]
+        if len(tasks) < len(found):
+            written = [task.name for task in found if not isinstance(task, Task)]
+            raise TaskError(f"the demo's model writes no texts, which tasks {written} ask for; expected classes")
         source = f"{data}: {', '.join(order)}"
     else:
         tasks = question_tasks(QUESTION_ORDER, train_per_task=n_train, test_per_task=n_test)

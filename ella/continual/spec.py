@@ -16,12 +16,13 @@ from ella.config import EllaConfig
 
 from .arms import ARMS, OLD_NAMES, arm_class, arm_settings
 from .checks import MIN_LENGTH, check_count, check_kind, check_temperature, check_template, float_dtype
+from .classifier import TextClassifier
 from .compare import Cell
 from .docstrings import docstring_tasks
-from .models import LoraSettings, TextClassifier, build_classifier
+from .models import LoraSettings, build_classifier
 from .questions import question_tasks
 from .stream import StreamConfig
-from .tasks import ORDERS, Task, TaskError, find_tasks, load_benchmark, read_task
+from .tasks import ORDERS, AnyTask, TaskError, TextTask, find_tasks, load_benchmark, read_task
 
 __all__ = ["ModelSettings", "SpecError", "StreamSpec", "TaskSettings", "load_spec", "parse_spec"]
 
@@ -59,7 +60,7 @@ class ModelSettings:
 class LoadedTasks:
     """The tasks of a file by name, the names of each order, and what each order names that is not there."""
 
-    tasks: dict[str, Task]
+    tasks: dict[str, AnyTask]
     orders: dict[str, tuple[str, ...]]
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -70,7 +71,8 @@ class TaskSettings:
 
     ``order`` is a list of names or the name of an order of the literature, e.g. "standard-1"; ``orders`` lists several,
     each the name of one or ``{name: text, tasks: [...]}``. ``missing`` says what becomes of a task that is not below
-    ``benchmark``: "error", or "leave_out"; None leaves out of the literature's orders only.
+    ``benchmark``: "error", or "leave_out"; None leaves out of the literature's orders only. ``answer_tokens`` bounds
+    what is learned and written of an answer where answers are free texts.
     """
 
     benchmark: str | None = None
@@ -82,9 +84,21 @@ class TaskSettings:
     questions: list | None = None
     train_examples: int | None = None
     test_examples: int | None = None
+    answer_tokens: int | None = None
 
     def load(self, base: Path) -> LoadedTasks:
         """All tasks; relative paths start at ``base``. Raises TaskError."""
+        loaded = self._load(base)
+        if self.answer_tokens is None:
+            return loaded
+        tasks = {
+            name: replace(task, answer_tokens=self.answer_tokens) if isinstance(task, TextTask) else task
+            for name, task in loaded.tasks.items()
+        }
+        return replace(loaded, tasks=tasks)
+
+    def _load(self, base: Path) -> LoadedTasks:
+        tasks: Sequence[AnyTask]
         if self.benchmark is not None:
             return self._load_benchmark(base / self.benchmark)
         if self.folders is not None:
@@ -102,7 +116,7 @@ class TaskSettings:
 
     def _load_benchmark(self, root: Path) -> LoadedTasks:
         found = find_tasks(root)
-        read: dict[str, Task] = {}
+        read: dict[str, AnyTask] = {}
         orders, left_out = {}, {}
         for order, names in self.named_orders().items():
             may_miss = self.missing == "leave_out" or (self.missing is None and order in ORDERS)
@@ -167,7 +181,7 @@ class StreamSpec:
             for arm in self.arms
         ]
 
-    def tasks_of(self, cell: Cell) -> list[Task]:
+    def tasks_of(self, cell: Cell) -> list[AnyTask]:
         """The tasks of a cell, each with the examples that the seed draws."""
         sizes = self.tasks.train_examples, self.tasks.test_examples
         return [self.loaded.tasks[name].subset(*sizes, cell.config.seed) for name in cell.tasks]
@@ -197,8 +211,13 @@ class StreamSpec:
         for order, names in self.loaded.orders.items():
             missing = self.loaded.left_out.get(order)
             without = f"; without {', '.join(missing)}, not there" if missing else ""
-            notes[f"tasks of {order}" if order else "tasks"] = ", ".join(names) + without
+            told = (_with_metric(self.loaded.tasks[name]) for name in names)
+            notes[f"tasks of {order}" if order else "tasks"] = ", ".join(told) + without
         return notes
+
+
+def _with_metric(task: AnyTask) -> str:
+    return f"{task.name} ({task.metric})" if isinstance(task, TextTask) else task.name
 
 
 def load_spec(path: str | Path) -> StreamSpec:
@@ -292,7 +311,7 @@ def _check_tasks(tasks: TaskSettings) -> None:
         _check_orders(tasks.orders)
     if tasks.missing not in (None, "error", "leave_out") or (tasks.missing and tasks.benchmark is None):
         raise SpecError(f"tasks.missing: expected error or leave_out, of a benchmark; found {tasks.missing!r}")
-    for name in ("train_examples", "test_examples"):
+    for name in ("train_examples", "test_examples", "answer_tokens"):
         value = getattr(tasks, name)
         if value is not None and value < 1:
             raise SpecError(f"tasks.{name}: expected at least 1, found {value}")

@@ -26,11 +26,11 @@ from ella.regularizer import EllaRegularizer
 
 from .arms import OLD_NAMES, Arm, FoldingArm, arm_class, arm_settings, task_seed
 from .checks import check_count, check_number
+from .classifier import EncodedTask, TextClassifier
 from .first import FirstTask
 from .metrics import NAN, AccuracyMatrix
-from .models import EncodedTask, TextClassifier
 from .state import StreamState
-from .tasks import Task
+from .tasks import AnyTask, TextTask
 from .tracking import Tracker
 
 __all__ = ["StreamConfig", "StreamResult", "run_stream"]
@@ -151,7 +151,7 @@ class StreamResult:
 
 def run_stream(
     classifier: TextClassifier,
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     config: StreamConfig | None = None,
     out_dir: str | Path | None = None,
     *,
@@ -178,8 +178,9 @@ def run_stream(
         on_task_end: called with (task index, result so far) once a task is evaluated and saved.
 
     Raises ValueError for no tasks or repeated names, and when ``out_dir`` holds another run (the message lists what
-    differs), the classifier already carries a past, labels or a record are lost in the tokenizer, or losses, weights or
-    scores stop being finite; OSError when another process is running in ``out_dir``, or nothing can be written there.
+    differs), the classifier already carries a past, labels or a record are lost in the tokenizer, an encoder is to
+    write texts, or losses, weights or scores stop being finite; ImportError where a metric's package is missing;
+    OSError when another process is running in ``out_dir``, or nothing can be written there.
     """
     config = config or StreamConfig()
     names = [task.name for task in tasks]
@@ -207,7 +208,7 @@ def run_stream(
 
 def _run_tasks(
     classifier: TextClassifier,
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     config: StreamConfig,
     state: StreamState | None,
     first: FirstTask | None,
@@ -275,7 +276,7 @@ def _run_tasks(
 class _Encoded:
     """Training records by task, tokenised when first asked for; all are kept, as a method may mix them."""
 
-    def __init__(self, classifier: TextClassifier, tasks: Sequence[Task]) -> None:
+    def __init__(self, classifier: TextClassifier, tasks: Sequence[AnyTask]) -> None:
         self._classifier, self._tasks = classifier, tasks
         self._made: dict[int, EncodedTask] = {}
 
@@ -365,8 +366,10 @@ def _check_training(model: torch.nn.Module, losses: torch.Tensor, label: str) ->
         raise ValueError(f"training diverged in {label}: {found}; try a lower learning_rate")
 
 
-def _encode(classifier: TextClassifier, task: Task, split: str) -> EncodedTask:
+def _encode(classifier: TextClassifier, task: AnyTask, split: str) -> EncodedTask:
     with _naming(task.name, split):
+        if isinstance(task, TextTask):
+            return classifier.encode_texts(task, split)
         return classifier.encode(getattr(task, split), task.labels)
 
 

@@ -1,6 +1,6 @@
-"""Text classification tasks: records in, a checked :class:`Task` out.
+"""Tasks of a stream: records in, a checked :class:`Task` (texts to classify) or :class:`TextTask` (texts to write) out.
 
-Its sources: the O-LoRA benchmark layout on disk (:func:`read_task`, :func:`load_benchmark`), any
+Their sources: the layouts of the O-LoRA benchmark and of TRACE on disk (:func:`read_task`, :func:`load_benchmark`), any
 ``datasets.Dataset`` or list of records (:meth:`Task.from_records`), and the code every Python installation
 carries (:mod:`ella.continual.questions`, :mod:`ella.continual.docstrings`).
 """
@@ -16,7 +16,21 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ORDERS", "Record", "Task", "TaskError", "find_tasks", "load_benchmark", "read_task"]
+from .checks import check_count
+from .scores import METRICS
+
+__all__ = [
+    "ORDERS",
+    "TRACE_METRICS",
+    "AnyTask",
+    "Record",
+    "Task",
+    "TaskError",
+    "TextTask",
+    "find_tasks",
+    "load_benchmark",
+    "read_task",
+]
 
 Record = dict[str, str]
 
@@ -32,6 +46,18 @@ _ORDER_TEXT = {
 #: Task orders of the literature, by folder name: orders 1 to 6 of O-LoRA (Wang et al. 2023, arXiv:2310.14152) and the
 #: order of TRACE (Wang et al. 2023, arXiv:2310.06762).
 ORDERS: dict[str, tuple[str, ...]] = {name: tuple(text.split()) for name, text in _ORDER_TEXT.items()}
+#: What TRACE scores its tasks by: names in :data:`ella.continual.scores.METRICS`.
+TRACE_METRICS = {
+    "C-STANCE": "exact",
+    "FOMC": "exact",
+    "MeetingBank": "rouge-l",
+    "Py150": "edit",
+    "ScienceQA": "choice",
+    "NumGLUE-cm": "exact",
+    "NumGLUE-ds": "exact",
+    "20Minuten": "sari",
+}
+ANSWER_TOKENS = 256
 
 
 class TaskError(ValueError):
@@ -61,11 +87,16 @@ class Task:
         if len(set(self.labels)) != len(self.labels):
             repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
             raise TaskError(f"task {self.name!r} lists labels more than once: {repeated}")
+        known = dict.fromkeys(self.labels)
         for split in ("train", "dev", "test"):
             records = getattr(self, split)
             if not records and split != "dev":
                 raise TaskError(f"task {self.name!r} has an empty {split} split; expected at least one record")
-            _check_records(records, self.labels, f"task {self.name!r}, {split}")
+            where = f"task {self.name!r}, {split}"
+            _check_records(records, ("sentence", "label"), where)
+            for i, record in enumerate(records):
+                if record["label"] not in known:
+                    raise TaskError(f"{where}[{i}]: label {record['label']!r} is not one of the labels {list(known)}")
 
     @classmethod
     def from_records(
@@ -113,12 +144,7 @@ class Task:
 
     def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> Task:
         """At most ``train`` and ``test`` records, class-balanced, drawn by ``seed`` (same seed, same records)."""
-        for what, limit in (("train", train), ("test", test)):
-            if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
-                raise TaskError(
-                    f"task {self.name!r}, {what}: a split of {limit!r} records was asked for; "
-                    "expected an integer of at least 1, or None for all"
-                )
+        _check_limits(self.name, train, test)
         return replace(
             self,
             train=_balanced(self.train, self.labels, train, f"{self.name}/train/{seed}"),
@@ -127,23 +153,78 @@ class Task:
 
     def fingerprint(self) -> str:
         """A hash of everything a run depends on: labels and all records of train and test, in order."""
-        digest = hashlib.sha256(json.dumps([self.name, self.labels]).encode())
-        for split in (self.train, self.test):
-            for record in split:
-                digest.update(json.dumps([record["sentence"], record["label"]]).encode())
-            digest.update(b"|")
-        return digest.hexdigest()[:16]
+        return _fingerprint([self.name, self.labels], ("sentence", "label"), self.train, self.test)
 
 
-def read_task(folder: str | Path) -> Task:
-    """Read ``{train,dev,test}.json`` and ``labels.json`` of one O-LoRA task folder; the folder's name is the task's.
+@dataclass(frozen=True)
+class TextTask:
+    """One task of a stream whose answers are free texts, written by a generator and scored by a metric.
 
-    ``dev.json`` may be missing. Raises :class:`TaskError` for a missing or unreadable file, a record without
-    ``sentence`` and ``label``, or a label that ``labels.json`` does not list.
+    ``train``, ``dev`` and ``test`` hold records ``{"prompt": str, "answer": str}``; ``metric`` is a name in
+    :data:`ella.continual.scores.METRICS`. At most ``answer_tokens`` tokens of an answer are learned and written.
+    Immutable; :meth:`subset` makes a smaller one.
+
+    Raises :class:`TaskError` when a split has a record without both keys, the metric is unknown, ``answer_tokens`` is
+    not a positive integer, or ``train`` or ``test`` is empty.
+    """
+
+    name: str
+    train: tuple[Record, ...]
+    test: tuple[Record, ...]
+    metric: str
+    dev: tuple[Record, ...] = field(default=())
+    answer_tokens: int = ANSWER_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise TaskError(
+                f"task {self.name!r} is scored by {self.metric!r}; expected a metric, one of {sorted(METRICS)}"
+            )
+        try:
+            check_count("answer_tokens", self.answer_tokens)
+        except ValueError as error:
+            raise TaskError(f"task {self.name!r}: {error}") from None
+        for split in ("train", "dev", "test"):
+            records = getattr(self, split)
+            if not records and split != "dev":
+                raise TaskError(f"task {self.name!r} has an empty {split} split; expected at least one record")
+            _check_records(records, ("prompt", "answer"), f"task {self.name!r}, {split}")
+
+    def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> TextTask:
+        """At most ``train`` and ``test`` records, drawn by ``seed`` (same seed, same records)."""
+        _check_limits(self.name, train, test)
+        return replace(
+            self,
+            train=_sampled(self.train, train, f"{self.name}/train/{seed}"),
+            test=_sampled(self.test, test, f"{self.name}/test/{seed}"),
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of everything a run depends on: metric, longest answer and all records of train and test, in order."""
+        told = [self.name, self.metric, self.answer_tokens]
+        return _fingerprint(told, ("prompt", "answer"), self.train, self.test)
+
+
+#: What a stream is made of.
+AnyTask = Task | TextTask
+
+
+def read_task(folder: str | Path, metric: str | None = None) -> AnyTask:
+    """Read one task folder of the O-LoRA benchmark or of TRACE; the folder's name is the task's.
+
+    O-LoRA: ``{train,dev,test}.json`` with ``sentence`` and ``label``, and ``labels.json``; a :class:`Task`. TRACE:
+    ``{train,eval,test}.json`` with ``prompt`` and ``answer``; a :class:`TextTask`, whose ``metric`` follows from the
+    name for TRACE's own tasks. ``dev.json`` and ``eval.json`` may be missing. Raises :class:`TaskError` for a missing
+    or unreadable file, a record without its two keys, a label that ``labels.json`` does not list, or no metric.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TaskError(f"no task folder at {folder}; expected a folder with train.json, test.json and labels.json")
+        raise TaskError(
+            f"no task folder at {folder}; expected a folder with train.json, test.json and labels.json, or TRACE's "
+            "train.json, eval.json and test.json"
+        )
+    if _is_trace(folder):
+        return _read_text_task(folder, metric)
     labels = _read_json(folder / "labels.json")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise TaskError(f"{folder / 'labels.json'} holds {type(labels).__name__}; expected a list of label texts")
@@ -152,28 +233,59 @@ def read_task(folder: str | Path) -> Task:
         path = folder / f"{split}.json"
         if split == "dev" and not path.exists():
             continue
-        records = _read_json(path)
-        if not isinstance(records, list):
-            raise TaskError(f"{path} holds {type(records).__name__}; expected a list of records")
-        splits[split] = tuple(_convert(row, f"{path}, record {i}", labels) for i, row in enumerate(records))
+        splits[split] = tuple(_convert(row, f"{path}, record {i}", labels) for i, row in enumerate(_read_list(path)))
     return Task(name=folder.name, labels=tuple(labels), **splits)
 
 
+def _is_trace(folder: Path) -> bool:
+    """Whether a task folder holds prompts and answers; one that lacks a file is known by the others."""
+    if (folder / "labels.json").exists():
+        return False
+    if (folder / "eval.json").exists() or not (folder / "train.json").exists():
+        return (folder / "eval.json").exists()
+    records = _read_list(folder / "train.json")
+    return bool(records) and isinstance(records[0], dict) and {"prompt", "answer"} <= records[0].keys()
+
+
+def _read_text_task(folder: Path, metric: str | None) -> TextTask:
+    metrics = {name.casefold(): known for name, known in TRACE_METRICS.items()}
+    metric = metric or metrics.get(folder.name.casefold())
+    if metric is None:
+        raise TaskError(
+            f"{folder} holds prompts and answers, and no metric is known for a task {folder.name!r}; expected one of "
+            f"{sorted(TRACE_METRICS)}, or read_task(folder, metric=...)"
+        )
+    splits: dict[str, Any] = {}
+    for split, name in (("train", "train"), ("dev", "eval"), ("test", "test")):
+        path = folder / f"{name}.json"
+        if split == "dev" and not path.exists():
+            continue
+        records = _read_list(path)
+        _check_records(records, ("prompt", "answer"), str(path))
+        splits[split] = tuple({key: record[key] for key in ("prompt", "answer")} for record in records)
+    return TextTask(name=folder.name, metric=metric, **splits)
+
+
 def find_tasks(directory: str | Path) -> dict[str, list[Path]]:
-    """The task folders of a ``<group>/<task>`` tree by lower-case name. Raises :class:`TaskError` for no folder."""
+    """The task folders of a ``<task>`` or ``<group>/<task>`` tree by lower-case name.
+
+    Raises :class:`TaskError` for no folder.
+    """
     root = Path(directory)
     if not root.is_dir():
         raise TaskError(f"no benchmark folder at {root}; expected <group>/<task>/train.json below it")
     found: dict[str, list[Path]] = {}
     # A folder that lacks one of its files is found by the other, so that the missing one is named.
-    patterns = ("*/train.json", "*/labels.json", "*/*/train.json", "*/*/labels.json")
+    patterns = [f"{depth}/{name}.json" for depth in ("*", "*/*") for name in ("train", "labels", "eval")]
     for folder in sorted({path.parent for pattern in patterns for path in root.glob(pattern)}):
         found.setdefault(folder.name.lower(), []).append(folder)
     return found
 
 
-def load_benchmark(directory: str | Path, order: Sequence[str]) -> list[Task]:
+def load_benchmark(directory: str | Path, order: Sequence[str]) -> list[AnyTask]:
     """The tasks of ``order`` from a ``<group>/<task>`` tree, found by name (any case) in whatever group holds them.
+
+    Each is read by :func:`read_task`.
 
     Raises :class:`TaskError` naming the tasks there are when one is not found, and when two groups hold one name.
     """
@@ -196,6 +308,13 @@ def _read_json(path: Path) -> Any:
         raise TaskError(f"missing file {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} is not readable as UTF-8 json: {error}") from error
+
+
+def _read_list(path: Path) -> list[Any]:
+    records = _read_json(path)
+    if not isinstance(records, list):
+        raise TaskError(f"{path} holds {type(records).__name__}; expected a list of records")
+    return records
 
 
 def _class_names(rows: Any, label_column: str) -> list[str] | None:
@@ -254,24 +373,47 @@ def _convert(
     return {"sentence": sentence, "label": label}
 
 
-def _check_records(records: Sequence[Record], labels: Sequence[str], where: str) -> None:
-    known = set(labels)
+def _check_records(records: Sequence[Record], keys: tuple[str, str], where: str) -> None:
     for i, record in enumerate(records):
-        if not isinstance(record, dict) or not {"sentence", "label"} <= record.keys():
+        if not isinstance(record, dict) or not set(keys) <= record.keys():
             found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise TaskError(f"{where}[{i}]: expected keys 'sentence' and 'label', found {found}")
-        for key in ("sentence", "label"):
+            raise TaskError(f"{where}[{i}]: expected keys {keys[0]!r} and {keys[1]!r}, found {found}")
+        for key in keys:
             if not isinstance(record[key], str):
                 raise TaskError(f"{where}[{i}]: expected text in {key!r}, found {type(record[key]).__name__}")
-        if record["label"] not in known:
-            raise TaskError(f"{where}[{i}]: label {record['label']!r} is not one of the labels {list(labels)}")
+
+
+def _check_limits(name: str, train: int | None, test: int | None) -> None:
+    for what, limit in (("train", train), ("test", test)):
+        if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1):
+            raise TaskError(
+                f"task {name!r}, {what}: a split of {limit!r} records was asked for; "
+                "expected an integer of at least 1, or None for all"
+            )
+
+
+def _fingerprint(told: list[Any], keys: tuple[str, str], *splits: Sequence[Record]) -> str:
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for split in splits:
+        for record in split:
+            digest.update(json.dumps([record[key] for key in keys]).encode())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+def _draws(key: str) -> random.Random:
+    # A seed of bytes is the same on every machine and under every PYTHONHASHSEED; a folder's name may not be UTF-8.
+    return random.Random(key.encode("utf-8", "surrogatepass"))
+
+
+def _sampled(records: Sequence[Record], limit: int | None, key: str) -> tuple[Record, ...]:
+    return tuple(records) if limit is None or limit >= len(records) else tuple(_draws(key).sample(records, limit))
 
 
 def _balanced(records: Sequence[Record], labels: Sequence[str], limit: int | None, key: str) -> tuple[Record, ...]:
     if limit is None or limit >= len(records):
         return tuple(records)
-    # A seed of bytes is the same on every machine and under every PYTHONHASHSEED; a folder's name may not be UTF-8.
-    rng = random.Random(key.encode("utf-8", "surrogatepass"))
+    rng = _draws(key)
     groups = {label: [record for record in records if record["label"] == label] for label in labels}
     for group in groups.values():
         rng.shuffle(group)

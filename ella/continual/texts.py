@@ -8,7 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["check_answers", "check_labels", "cut", "ids_of", "normal", "specials", "tokenizer_fingerprint"]
 
@@ -100,26 +100,35 @@ def _core(text: str) -> str:
     return "".join(c for c in folded if unicodedata.category(c)[0] not in "CMZ")
 
 
-def cut(tokenizer: Any, sentences: Sequence[str], room: int, max_length: int, keep_ends: bool) -> list[list[int]]:
+def cut(
+    tokenizer: Any,
+    sentences: Sequence[str],
+    room: int,
+    max_length: int,
+    keep_ends: bool,
+    kind: Literal["sentences", "prompts"] = "sentences",
+) -> list[list[int]]:
     """Ids of the sentences, each at most ``room``; one warning with the share of those that were longer.
 
     A long sentence loses its end (its start, where the tokenizer's ``truncation_side`` is "left"). With ``keep_ends``
     a pair loses its middle instead: both the start of its first part and the end of its last are read. A sentence is a
     pair if it names two parts ("premise:" and "hypothesis:", "sentence 1:" and "sentence 2:", "question:" and
-    "passage:", ...) or holds the tokenizer's separator.
+    "passage:", ...) or holds the tokenizer's separator. Of a prompt, whose end says what is asked, the middle is lost
+    with ``keep_ends``, the start without.
     """
     tokens = ids_of(tokenizer, sentences)
     long = [i for i, ids in enumerate(tokens) if len(ids) > room]
-    pairs = {i for i in long if keep_ends and _is_pair(sentences[i], tokenizer.sep_token)}
+    prompts = kind == "prompts"
+    pairs = {i for i in long if keep_ends and (prompts or _is_pair(sentences[i], tokenizer.sep_token))}
     for i in long:
         ids = tokens[i]
-        end = room // 2 if i in pairs else room if tokenizer.truncation_side == "left" else 0
+        end = room // 2 if i in pairs else room if prompts or tokenizer.truncation_side == "left" else 0
         tokens[i] = ids[: room - end] + ids[len(ids) - end :]
     if long:
         share = f"{100 * len(long) / len(tokens):.0f} %"
-        of_pairs = f"; {len(pairs)} that are pairs lost their middle" if pairs else ""
+        of_pairs = f"; {len(pairs)} that are pairs lost their middle" if pairs and not prompts else ""
         warnings.warn(
-            f"{len(long)} of {len(tokens)} sentences ({share}) are longer than the {room} tokens that "
+            f"{len(long)} of {len(tokens)} {kind} ({share}) are longer than the {room} tokens that "
             f"max_length {max_length} and the model leave them and were cut{of_pairs}; "
             "a higher max_length, where the model has positions for it, reads more of them",
             stacklevel=3,

@@ -17,7 +17,7 @@ from ella.knowledge import parameters_of, past_of, trained_adapter
 from ella.lora import adapted_layers
 from ella.regularizer import EllaRegularizer
 
-from ..models import EncodedTask, TextClassifier
+from ..classifier import EncodedTask, TextClassifier
 
 __all__ = ["Arm", "Batch", "FoldingArm", "NoSettings", "task_seed"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_number
-from ..models import EncodedTask
+from ..classifier import EncodedTask
 from .base import Arm, Batch, task_seed
 
 __all__ = ["Replay", "ReplaySettings", "balanced_rows"]
@@ -80,7 +80,7 @@ class Replay(Arm):
 
     def state_bytes(self) -> int:
         """A token, and a class, in four bytes."""
-        return sum(4 * (len(task.tokens[row]) + 1) for task, rows in self.buffers for row in rows)
+        return sum(4 * task.stored(row) for task, rows in self.buffers for row in rows)
 
 
 def balanced_rows(task: EncodedTask, n: int, seed: int) -> list[int]:
