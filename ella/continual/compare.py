@@ -20,6 +20,7 @@ from ella.atomic import make_folder, write_text_atomically
 
 from .arms import arm_class
 from .classifier import TextClassifier
+from .general import General, check_general
 from .report import environment, render_text, title_of, write_report
 from .running import one_run
 from .state import StreamState
@@ -153,11 +154,14 @@ def run_cells(
 
     Raises:
         CellsFailed: at the end, when a run failed; its traceback is in its folder.
-        ValueError, ImportError: no cells, two of one name, an unknown or a missing integration, before anything runs.
+        ValueError, ImportError: no cells, two of one name, an unknown or a missing integration, no lm-eval where it is
+            asked for, before anything runs.
         OSError: another process is running in ``out_dir``, or nothing can be written there.
     """
     check_cells(cells)
     check_integrations(report_to)
+    for cell in cells:
+        check_general(cell.config.general)
     with one_run(out_dir):
         if not resume:
             for cell in cells:
@@ -189,6 +193,7 @@ class _Grid:
         self.done: dict[int, StreamResult] = {}
         self.failed: dict[int, Failure] = {}
         self.untrained: dict[tuple[str, int], list[float] | None] = {}
+        self.general: dict[General, dict[str, float]] = {}
         self.paths: Sequence[Path] = ()
         self.started = time.perf_counter()
 
@@ -211,7 +216,10 @@ class _Grid:
     def _items(self) -> Iterator[_Item]:
         """Drawn one by one, each with what is known of its order and seed by then."""
         for cell in self.cells:
-            yield cell, cell.folder(self.out_dir), self.untrained.get((cell.config.order, cell.config.seed))
+            config = cell.config
+            # Before training every run has the same model.
+            general = self.general.get(config.general) if config.general else None
+            yield cell, cell.folder(self.out_dir), self.untrained.get((config.order, config.seed)), general
 
     def _here(self) -> Generator[tuple[int, StreamResult | Failure]]:
         # The model is that of all cells: if it cannot be made, nothing can be run.
@@ -232,6 +240,8 @@ class _Grid:
         cell = self.cells[index]
         self.done[index] = result
         self.untrained[cell.config.order, cell.config.seed] = result.matrix.untrained
+        if cell.config.general and "before" in result.general:
+            self.general[cell.config.general] = result.general["before"]
         (cell.folder(self.out_dir) / TRACEBACK).unlink(missing_ok=True)
         self._say(cell, _scores(result))
         self.paths = write_report(self.out_dir, self.results(), title=self.title, notes=self.notes, env=environment())
@@ -286,14 +296,14 @@ class _Grid:
         return results
 
 
-#: A cell, its folder, and the scores before training where they are known.
-_Item = tuple[Cell, Path, Sequence[float] | None]
+#: A cell, its folder, and where they are known the scores before training, of the tasks and of general ability.
+_Item = tuple[Cell, Path, Sequence[float] | None, Mapping[str, float] | None]
 
 
 def _run_cell(
     source: Source, item: _Item, build: Callable[[], TextClassifier], report_to: Sequence[str], progress: bool
 ) -> StreamResult:
-    cell, folder, untrained = item
+    cell, folder, untrained, general_before = item
     tracker = Tracker(report_to, folder, cell.name) if report_to else None
     try:
         return run_stream(
@@ -302,6 +312,7 @@ def _run_cell(
             cell.config,
             folder,
             untrained=untrained,
+            general_before=general_before,
             first_dir=folder.parents[1] / FIRST,
             progress=progress,
             tracker=tracker,

@@ -19,6 +19,7 @@ from .checks import MIN_LENGTH, check_count, check_kind, check_temperature, chec
 from .classifier import TextClassifier
 from .compare import Cell
 from .docstrings import docstring_tasks
+from .general import General
 from .models import LoraSettings, build_classifier
 from .questions import question_tasks
 from .stream import StreamConfig
@@ -27,8 +28,9 @@ from .tasks import ORDERS, AnyTask, TaskError, TextTask, find_tasks, load_benchm
 __all__ = ["ModelSettings", "SpecError", "StreamSpec", "TaskSettings", "load_spec", "parse_spec"]
 
 
+_UNSHARED = ("arm", "settings", "label", "order", "seed", "ella", "general")
 # Fields of a StreamConfig that section ``training`` sets, or an arm for itself.
-_SHARED = [f.name for f in fields(StreamConfig) if f.name not in ("arm", "settings", "label", "order", "seed", "ella")]
+_SHARED = [f.name for f in fields(StreamConfig) if f.name not in _UNSHARED]
 
 
 class SpecError(ValueError):
@@ -258,7 +260,7 @@ def _read_yaml(text: str) -> Any:
 
 def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
     """Check a stream's mapping; see ``examples/stream.yaml`` for one with every key."""
-    known = ("title", "model", "lora", "tasks", "arms", "seeds", "ella", "training", "out")
+    known = ("title", "model", "lora", "tasks", "arms", "seeds", "ella", "training", "general", "out")
     data = _mapping(data, "the file")
     _known_keys(data, known, "the file")
     if "tasks" not in data:
@@ -272,7 +274,8 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
     training = _mapping(data.get("training"), "training")
     _known_keys(training, [*_SHARED, "report_to"], "training")
     report_to = _report_to(training.pop("report_to", None))
-    config = _build(StreamConfig, training | {"ella": _build(EllaConfig, data.get("ella"), "ella")}, "training")
+    own = {"ella": _build(EllaConfig, data.get("ella"), "ella"), "general": _general(data.get("general"))}
+    config = _build(StreamConfig, training | own, "training")
     arms = _arms(data.get("arms", ["ella"]), config)
     seeds = _list(data.get("seeds", [0]), int, "seeds")
     _distinct(seeds, "seeds")
@@ -375,8 +378,17 @@ def _arm(entry: dict[str, Any], shared: StreamConfig) -> StreamConfig:
         arm_settings(name, own, shared.ella)
     except (TypeError, ValueError) as error:
         raise SpecError(f"arms: {error}" if str(error).startswith("arm ") else f"{where}: {error}") from error
-    base = {key: getattr(shared, key) for key in (*_SHARED, "ella")}
+    base = {key: getattr(shared, key) for key in (*_SHARED, "ella", "general")}
     return _build(StreamConfig, base | training | {"arm": name, "label": label, "settings": own}, where)
+
+
+def _general(data: Any) -> General | None:
+    if data is None:
+        return None
+    own = _mapping(data, "general")
+    if "tasks" not in own:
+        raise SpecError("general: expected 'tasks', names of lm-eval's tasks; found none")
+    return _build(General, own, "general")
 
 
 def _report_to(names: Any) -> tuple[str, ...]:

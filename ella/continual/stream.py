@@ -28,6 +28,7 @@ from .arms import OLD_NAMES, Arm, FoldingArm, arm_class, arm_settings, task_seed
 from .checks import check_count, check_number
 from .classifier import EncodedTask, TextClassifier
 from .first import FirstTask
+from .general import General, check_general
 from .metrics import NAN, AccuracyMatrix
 from .state import StreamState
 from .tasks import AnyTask, TextTask
@@ -44,7 +45,8 @@ class StreamConfig:
     ``Settings``, and of ``ella`` for this method alone. ``label`` is what the run is called where one method stands
     with several settings, ``order`` what the order of its tasks is called. ``evaluate`` is "seen" (tasks so far and
     the next one, which zero-shot forward transfer needs) or "all". ``dropout`` False trains in eval mode: no dropout
-    anywhere. ``ella`` holds the penalty of ELLA; methods that fold take how the past is kept from it.
+    anywhere. ``ella`` holds the penalty of ELLA; methods that fold take how the past is kept from it. ``general`` is
+    what generators are asked before the first task and after the last.
     """
 
     arm: str = "ella"
@@ -61,6 +63,7 @@ class StreamConfig:
     dropout: bool = False
     evaluate: str = "seen"
     ella: EllaConfig = field(default_factory=EllaConfig)
+    general: General | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arm", OLD_NAMES.get(self.arm, self.arm))
@@ -90,7 +93,7 @@ class StreamConfig:
 
     def shared(self) -> dict[str, Any]:
         """The settings of all methods."""
-        own = ("arm", "label", "order", "settings", "ella")
+        own = ("arm", "label", "order", "settings", "ella", "general")
         return {name: value for name, value in self.to_dict().items() if name not in own}
 
     def identity(self) -> dict[str, Any]:
@@ -98,6 +101,8 @@ class StreamConfig:
         return (
             self.shared()
             | {"arm": self.arm}
+            # Runs that were saved before there was any go on without.
+            | ({"general": asdict(self.general)} if self.general else {})
             | arm_class(self.arm).identity(*arm_settings(self.arm, self.settings, self.ella))
         )
 
@@ -115,7 +120,8 @@ class StreamResult:
     (means over the last fifth of the steps), ``evaluation_seconds``, ``state_bytes`` (what is carried on after it),
     ``peak_bytes`` (of the GPU, else of the process), and for methods with a past ``interference``,
     ``‖ΔW ⊙ W_past‖_F²`` of its update by layer, normalised as ``ella`` says. ``state_bytes`` are those after the last
-    task, ``dense_bytes`` what a float32 (out, in) past of the same layers would take.
+    task, ``dense_bytes`` what a float32 (out, in) past of the same layers would take. ``general`` holds the scores
+    "before" the first task and "after" the last, by task of lm-eval, where they were asked for.
     """
 
     config: dict[str, Any]
@@ -124,6 +130,7 @@ class StreamResult:
     state_bytes: int = 0
     dense_bytes: int = 0
     layers: int = 0
+    general: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -141,7 +148,7 @@ class StreamResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain json; the inverse is :meth:`from_dict`."""
-        data = {k: getattr(self, k) for k in ("config", "tasks", "state_bytes", "dense_bytes", "layers")}
+        data = {k: getattr(self, k) for k in ("config", "tasks", "state_bytes", "dense_bytes", "layers", "general")}
         return data | {"matrix": self.matrix.to_dict()}
 
     @classmethod
@@ -156,6 +163,7 @@ def run_stream(
     out_dir: str | Path | None = None,
     *,
     untrained: Sequence[float] | None = None,
+    general_before: Mapping[str, float] | None = None,
     first_dir: str | Path | None = None,
     progress: bool = True,
     tracker: Tracker | None = None,
@@ -171,6 +179,7 @@ def run_stream(
             last finished task and ends with the same matrix as an unbroken one (with ``keep_past="merge"`` up to
             the rounding of merging the tasks at once).
         untrained: scores of the model before training, where they are known; measured here if None.
+        general_before: what ``config.general`` asks, of the model before training, likewise.
         first_dir: where the adapter after the first task is kept for other methods: what begins as plain LoRA, with the
             same seed, settings, model and examples, takes it from there instead of training it again.
         progress: show tqdm bars.
@@ -179,10 +188,11 @@ def run_stream(
 
     Raises ValueError for no tasks or repeated names, and when ``out_dir`` holds another run (the message lists what
     differs), the classifier already carries a past, labels or a record are lost in the tokenizer, an encoder is to
-    write texts, or losses, weights or scores stop being finite; ImportError where a metric's package is missing;
-    OSError when another process is running in ``out_dir``, or nothing can be written there.
+    write texts, or losses, weights or scores stop being finite; ImportError where a metric's package or lm-eval is
+    missing; OSError when another process is running in ``out_dir``, or nothing can be written there.
     """
     config = config or StreamConfig()
+    check_general(config.general, classifier.kind)
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"expected at least one task and distinct names, found {names}")
@@ -199,11 +209,12 @@ def run_stream(
     if first_dir is not None and arm_class(config.arm).begins_plain:
         begun = {"config": config.shared(), "model": run["model"], "first": tasks[0].fingerprint()}
         first = FirstTask(first_dir, json.loads(json.dumps(begun)))
+    known = untrained, general_before
     if out_dir is None:
-        return _run_tasks(classifier, tasks, config, None, first, untrained, progress, tracker, on_task_end)
+        return _run_tasks(classifier, tasks, config, None, first, known, progress, tracker, on_task_end)
     state = StreamState(out_dir, run)
     with state.running():
-        return _run_tasks(classifier, tasks, config, state, first, untrained, progress, tracker, on_task_end)
+        return _run_tasks(classifier, tasks, config, state, first, known, progress, tracker, on_task_end)
 
 
 def _run_tasks(
@@ -212,7 +223,7 @@ def _run_tasks(
     config: StreamConfig,
     state: StreamState | None,
     first: FirstTask | None,
-    untrained: Sequence[float] | None,
+    known: tuple[Sequence[float] | None, Mapping[str, float] | None],
     progress: bool,
     tracker: Tracker | None,
     on_task_end: Callable[[int, StreamResult], None] | None,
@@ -230,6 +241,10 @@ def _run_tasks(
         arm.begin()
         result = StreamResult(config.to_dict(), AccuracyMatrix(names))
         result.dense_bytes, result.layers = arm.dense_bytes()
+        untrained, general_before = known
+        if config.general:
+            measured = general_before or config.general.measure(classifier, config.eval_batch_size)
+            result.general["before"] = dict(measured)
         if untrained is None:
             untrained = [
                 _accuracy(classifier, name, t, config)
@@ -270,6 +285,11 @@ def _run_tasks(
             tracker.scores(names, result.matrix.rows[-1][: index + 1])
         if on_task_end:
             on_task_end(index, result)
+    if config.general and "after" not in result.general:
+        # The last task is saved by now: what is asked may take long, and may fail.
+        result.general["after"] = config.general.measure(classifier, config.eval_batch_size)
+        if state:
+            state.save(len(tasks) - 1, names[-1], result.to_dict(), arm)
     return result
 
 

@@ -238,4 +238,4 @@ def test_a_stream_file_of_trace(tmp_path):
 def test_the_demo_refuses_texts(tmp_path):
     write_trace_task(tmp_path / "FOMC")
     with pytest.raises(TaskError, match=r"the demo's model writes no texts, which tasks \['FOMC'\] ask for"):
-        run_demo(tmp_path / "out", data=tmp_path, order=["FOMC"])
+        run_demo(out_dir=tmp_path / "out", data=tmp_path, order=["FOMC"])

@@ -15,6 +15,7 @@ from ..stream import StreamResult
 from .blocks import Block, Cell, Chart, Divider, Heading, Panels, Row, Table, Text
 from .charts import Line, Look, legend, line_chart, looks, strip_chart
 from .comparison import OURS, comparisons
+from .general import general_blocks
 from .published import FAMILIES, family_of, published_blocks
 from .summary import (
     METRIC_TITLES,
@@ -55,6 +56,7 @@ def content(
         if len(orders) == 1:
             scores = {arm: values["mean"]["OA"] for arm, values in summaries[order].items()}
             blocks += published_blocks(family_of(order), scores)
+        blocks += general_blocks(runs, summaries[order], look, level)
         blocks += _details(runs, summaries[order], look, level, fold=len(orders) > 1)
     return [*blocks, Heading("How it was run", 2), _facts(notes, env, results)]
 
@@ -367,7 +369,7 @@ def _facts(notes: Mapping[str, str], env: Mapping[str, Any], results: Sequence[S
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:
-    other = ("arm", "settings", "label", "order", "seed", "ella")
+    other = ("arm", "settings", "label", "order", "seed", "ella", "general")
     return {name: value for name, value in config.items() if name not in other}
 
 
