@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import sys
 
 import pytest
 
+from ella.continual import scores
 from ella.continual.scores import METRICS, check_metric, edit_similarity, rouge_l, sari, score
 
 
@@ -73,3 +75,7 @@ def test_what_is_missing_is_named(monkeypatch):
             check_metric(metric)
     for metric in METRICS.keys() - {"rouge-l", "edit"}:
         check_metric(metric)
+
+
+def test_the_example_runs():
+    assert doctest.testmod(scores) == (0, 1)
