@@ -55,7 +55,7 @@ def test_no_letter_stands_for_two_things():
 
 
 def test_the_page_for_extensions_names_what_there_is():
-    continual = ("ella/continual", "ella/continual/arms")
+    continual = ("ella/continual", "ella/continual/arms", "ella/continual/report")
     folders = ("ella", *continual, "ella_kernels", "ella_kernels/torch_backend", "ella_kernels/triton_backend")
     code = "".join(map(source, folders)) + source("tests/kernels") + source("tests/ella") + source("bench")
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
