@@ -32,8 +32,14 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
-        "command": shlex.join(command if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(command if command is not None else [_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    path = Path(sys.argv[0])
+    # python -m PACKAGE
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def _commit() -> str | None:
