@@ -43,7 +43,7 @@ def section(folder: Path) -> str:
         compared = [{key: NAN if value is None else value for key, value in found.items()} for found in compared]
         lines += [
             f"`{environment['command']}`: MiniLM (22M), LoRA r = 8 on query and value, {environment['machine']}, "
-            f"commit {environment['commit']}; "
+            f"commit {environment.get('commit') or 'not recorded'}; "
             f"matrices, costs and every seed in [{name}/report.md](bench/results/{name}/report.md).",
             "",
             *table(("method", *orders, "seeds"), _rows(orders)),

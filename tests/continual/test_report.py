@@ -327,14 +327,19 @@ def test_settings_of_one_arm_are_said():
     assert "set for" not in " ".join(page([result("ella")]).text)
 
 
-def test_the_readme_reads_todays_reports_and_those_of_version_0_1(tmp_path):
+def test_the_readme_reads_todays_reports(tmp_path):
     results = [result(arm, seed, seed * 6.0) for arm in ARMS for seed in (0, 1)]
-    path, _ = write_report(tmp_path, results, **OPTIONS)
-    path.rename(tmp_path / "continual_benchmark.json")
+    write_report(tmp_path / "continual_demo", results, **OPTIONS)
+    orders = [result(arm, order=order) for order in ("standard-1", "standard-2") for arm in ("ella", "joint")]
+    write_report(tmp_path / "continual_standard", orders, **OPTIONS)
     text = section(tmp_path)
-    assert "IncLoRA" in text and "66.0 (65.0, 67.0)" in text and "The penalty takes 25.0 % of a training step" in text
+    assert "| IncLoRA | 66.0 ± 1.4 / " in text and "The penalty takes 25.0 % of a training step" in text
+    assert (
+        "| method | standard-1 | standard-2 | seeds |" in text and "| joint training (given earlier examples) |" in text
+    )
+    assert text.count("Not measured yet") == 1
     committed = section(Path(__file__).parents[2] / "bench" / "results")
-    assert "SeqLoRA" in committed and "IncLoRA" in committed and "Not measured yet" not in committed
+    assert "| SeqLoRA |" in committed and "| ELLA |" in committed
 
 
 def test_matrix_as_text():
