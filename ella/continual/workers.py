@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Failure", "in_processes", "prepare_process"]
@@ -41,8 +42,19 @@ def prepare_process(threads: int | None = None) -> None:
     transformers_logging.disable_progress_bar()
     # PEFT's call of an older transformers name: nothing that a user of the command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Each method reads the same texts: said once, in one line.
+    warnings.filterwarnings("once", category=UserWarning, module=r"ella\.continual")
+    warnings.formatwarning = _in_a_line
     if threads:
         torch.set_num_threads(threads)
+
+
+_format = warnings.formatwarning
+
+
+def _in_a_line(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    own = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"{message}\n" if own else _format(message, category, filename, lineno, line)
 
 
 def in_processes(

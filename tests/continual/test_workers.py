@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
+from ella.continual import texts
 from ella.continual.running import one_run
-from ella.continual.workers import Failure, in_processes
+from ella.continual.workers import Failure, in_processes, prepare_process
 
 WAIT = 60.0
 
@@ -86,3 +88,14 @@ def test_no_process_outlives_its_parent_or_is_interrupted(tmp_path):
 
 def test_no_work():
     assert list(in_processes(make, (), [], 2)) == []
+
+
+def test_a_process_says_what_is_lost_once_and_in_a_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with warnings.catch_warnings(record=True) as found:
+        prepare_process()
+        for _ in range(3):
+            warnings.warn_explicit("1 of 2 were cut", UserWarning, texts.__file__, 1, module=texts.__name__)
+            warnings.warn_explicit("not ours", UserWarning, "other.py", 1, module="other", registry={})
+        said = [warnings.formatwarning(w.message, w.category, w.filename, w.lineno) for w in found]
+    assert said.count("1 of 2 were cut\n") == 1 and said.count("other.py:1: UserWarning: not ours\n") == 3
