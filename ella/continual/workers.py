@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -42,19 +43,23 @@ def prepare_process(threads: int | None = None) -> None:
     transformers_logging.disable_progress_bar()
     # PEFT's call of an older transformers name: nothing that a user of the command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # Each method reads the same texts: said once, in one line.
-    warnings.filterwarnings("once", category=UserWarning, module=r"ella\.continual")
-    warnings.formatwarning = _in_a_line
+    warnings.showwarning = _said_once(warnings.showwarning)
     if threads:
         torch.set_num_threads(threads)
 
 
-_format = warnings.formatwarning
+def _said_once(show: Callable[..., None]) -> Callable[..., None]:
+    """``show``, but what streams say is said once and in a line: each method reads the same texts."""
+    said: set[str] = set()
 
+    def showwarning(message: Any, category: type, filename: str, lineno: int, *more: Any, **options: Any) -> None:
+        if not Path(filename).is_relative_to(Path(__file__).parent):
+            show(message, category, filename, lineno, *more, **options)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(message, file=sys.stderr)
 
-def _in_a_line(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
-    own = Path(filename).is_relative_to(Path(__file__).parent)
-    return f"{message}\n" if own else _format(message, category, filename, lineno, line)
+    return showwarning
 
 
 def in_processes(

@@ -90,12 +90,13 @@ def test_no_work():
     assert list(in_processes(make, (), [], 2)) == []
 
 
-def test_a_process_says_what_is_lost_once_and_in_a_line(monkeypatch):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    with warnings.catch_warnings(record=True) as found:
+def test_a_process_says_what_is_lost_once_and_in_a_line(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         prepare_process()
         for _ in range(3):
-            warnings.warn_explicit("1 of 2 were cut", UserWarning, texts.__file__, 1, module=texts.__name__)
-            warnings.warn_explicit("not ours", UserWarning, "other.py", 1, module="other", registry={})
-        said = [warnings.formatwarning(w.message, w.category, w.filename, w.lineno) for w in found]
-    assert said.count("1 of 2 were cut\n") == 1 and said.count("other.py:1: UserWarning: not ours\n") == 3
+            warnings.warn_explicit("1 of 2 were cut", UserWarning, texts.__file__, 1)
+            warnings.warn_explicit("not ours", UserWarning, "other.py", 1)
+    said = capsys.readouterr().err
+    assert said.count("1 of 2 were cut\n") == 1 and said.startswith("1 of 2 were cut\n")
+    assert "1 of 2 were cut" not in said[1:]
