@@ -81,7 +81,10 @@ def assert_report(folder, arms, tasks) -> dict:
 def test_demo_on_installed_code(cli, tmp_path):
     out_dir = tmp_path / "out"
     status, out, err = cli("demo", "--out", out_dir, *SMALL)
-    assert (status, err) == (0, "")
+    assert status == 0
+    # Three methods read the same texts: what is cut is said once.
+    said = err.splitlines()
+    assert len(set(said)) == len(said) and all("are longer than the 46 tokens" in line for line in said)
     tasks = ("library", "exception", "type", "section")
     data = assert_report(out_dir, ("seqlora", "inclora", "ella"), tasks)
     for run in data["runs"]:
