@@ -263,7 +263,10 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _strength(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, found {text!r}") from None
 
 
 def _positive(text: str) -> int:

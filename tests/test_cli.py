@@ -383,7 +383,7 @@ def test_fold_refuses(cli, adapters, tmp_path):
         (("demo", "--seeds", "3-1"), "expected integers like 0,1,2 or 0-2, found '3-1'"),
         (("demo", "--seeds", "1,"), "found '1,'"),
         (("demo", "--arms", ","), "expected comma-separated names, found ','"),
-        (("demo", "--ella-lambda", "x"), "invalid _strength value: 'x'"),
+        (("demo", "--ella-lambda", "x"), "argument --ella-lambda: expected a number or auto, found 'x'"),
         (("run",), "required: STREAM.yaml"),
         (("run", "x", "--jobs", "0"), "expected an integer of at least 1, found '0'"),
         (("inspect",), "required: DIR"),
