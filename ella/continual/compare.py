@@ -20,8 +20,9 @@ from ella.atomic import make_folder, write_text_atomically
 
 from .arms import arm_class
 from .classifier import TextClassifier
+from .environment import environment
 from .general import General, check_general
-from .report import environment, render_text, title_of, write_report
+from .report import render_text, title_of, write_report
 from .running import one_run
 from .state import StreamState
 from .stream import StreamConfig, StreamResult, run_stream

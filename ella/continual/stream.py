@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ella.regularizer import EllaRegularizer
 from .arms import OLD_NAMES, Arm, FoldingArm, arm_class, arm_settings, task_seed
 from .checks import check_count, check_number
 from .classifier import EncodedTask, TextClassifier
+from .environment import source_commit
 from .first import FirstTask
 from .general import General, check_general
 from .metrics import NAN, AccuracyMatrix
@@ -121,7 +122,8 @@ class StreamResult:
     ``peak_bytes`` (of the GPU, else of the process), and for methods with a past ``interference``,
     ``‖ΔW ⊙ W_past‖_F²`` of its update by layer, normalised as ``ella`` says. ``state_bytes`` are those after the last
     task, ``dense_bytes`` what a float32 (out, in) past of the same layers would take. ``general`` holds the scores
-    "before" the first task and "after" the last, by task of lm-eval, where they were asked for.
+    "before" the first task and "after" the last, by task of lm-eval, where they were asked for. ``commits`` are those
+    of the source checkout that trained it, several where it was resumed at another; empty for an installed package.
     """
 
     config: dict[str, Any]
@@ -131,6 +133,7 @@ class StreamResult:
     dense_bytes: int = 0
     layers: int = 0
     general: dict[str, dict[str, float]] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
 
     @property
     def arm(self) -> str:
@@ -148,8 +151,8 @@ class StreamResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain json; the inverse is :meth:`from_dict`."""
-        data = {k: getattr(self, k) for k in ("config", "tasks", "state_bytes", "dense_bytes", "layers", "general")}
-        return data | {"matrix": self.matrix.to_dict()}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return own | {"matrix": self.matrix.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StreamResult:
@@ -257,6 +260,9 @@ def _run_tasks(
 
     if tracker and not finished:
         tracker.begin(classifier.model, sum(task["steps"] for task in result.tasks))
+    commit = source_commit()
+    if commit and commit not in result.commits and not finished:
+        result.commits.append(commit)
     for index in range(len(result.tasks), len(tasks)):
         task = tasks[index]
         arm.before_task(index)

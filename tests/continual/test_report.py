@@ -13,9 +13,9 @@ import pytest
 
 from bench.continual import section
 from ella.config import EllaConfig
+from ella.continual.environment import environment
 from ella.continual.metrics import AccuracyMatrix
 from ella.continual.report import (
-    environment,
     format_bytes,
     format_matrix,
     mean_matrix,

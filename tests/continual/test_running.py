@@ -13,8 +13,9 @@ import pytest
 
 from ella.config import EllaConfig
 from ella.continual.compare import compare_arms
+from ella.continual.environment import environment
 from ella.continual.models import LoraSettings, build_classifier
-from ella.continual.report import environment, write_report
+from ella.continual.report import write_report
 from ella.continual.running import one_run
 from ella.continual.state import StreamState
 from ella.continual.stream import StreamConfig, run_stream

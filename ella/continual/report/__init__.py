@@ -12,7 +12,6 @@ from ella.atomic import write_text_atomically
 
 from ..stream import StreamResult
 from .comparison import Comparison, comparisons
-from .environment import environment
 from .markdown import render_blocks_markdown
 from .page import render_blocks_html
 from .sections import content
@@ -22,7 +21,6 @@ from .text import format_bytes, format_matrix, render_text
 __all__ = [
     "Comparison",
     "comparisons",
-    "environment",
     "format_bytes",
     "format_matrix",
     "mean_matrix",
@@ -45,8 +43,9 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Write ``report.json``, ``report.md`` and ``report.html`` (each atomically); returns the first's and last's paths.
 
-    ``notes`` are shown as rows of facts (data, model, strength); ``env`` is what :func:`environment` gave. Results of
-    one order of tasks stand under "arms" in the json, those of several under "orders", each with its "arms".
+    ``notes`` are shown as rows of facts (data, model, strength); ``env`` is what
+    :func:`~ella.continual.environment.environment` gave. Results of one order of tasks stand under "arms" in the json,
+    those of several under "orders", each with its "arms".
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)

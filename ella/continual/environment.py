@@ -8,11 +8,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment"]
+__all__ = ["environment", "source_commit"]
 
 
 def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": source_commit(),
         "command": shlex.join(command if command is not None else [_program(), *sys.argv[1:]]),
     }
 
@@ -42,9 +43,10 @@ def _program() -> str:
     return path.parent.name if path.name == "__main__.py" else path.name
 
 
-def _commit() -> str | None:
+@cache
+def source_commit() -> str | None:
     """Of the source checkout that this code is run from; None for an installed package."""
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]

@@ -1,0 +1,84 @@
+"""One report of the runs of several: ``python -m bench.gather OUT REPORT.json ...``.
+
+A grid that takes longer than a machine is had for is run in parts (``ella run --seeds``, ``--only``), each with a
+report of its own. A run that several of them hold, of the same order, label and seed, is taken from the last.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ella.continual.report import write_report
+from ella.continual.stream import StreamResult
+
+__all__ = ["gather", "main"]
+
+Key = tuple[str, str, int]
+
+
+def gather(out: Path, paths: Sequence[Path]) -> list[StreamResult]:
+    """Write the report of all runs in ``paths`` into the folder ``out``; returns them, by order, label and seed.
+
+    The title, notes and versions are those of the last; commands and machines those of all. Raises ValueError for runs
+    of one order over other tasks, and for runs of one order and label with other settings.
+    """
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not reports:
+        raise ValueError("no reports: expected at least one report.json")
+    found: dict[Key, StreamResult] = {}
+    for path, report in zip(paths, reports, strict=True):
+        for run in report["runs"]:
+            result = StreamResult.from_dict(run)
+            # Older reports say of all runs together at which commit they were made.
+            commit = report["environment"].get("commit")
+            result.commits = result.commits or ([commit] if commit else [])
+            found[result.config["order"], result.arm, result.seed] = result
+            _check(found, result, path)
+    results = _sorted(found)
+    environments = [report["environment"] for report in reports]
+    together = {
+        name: "; ".join(dict.fromkeys(environment[name] for environment in environments))
+        for name in ("command", "machine")
+    }
+    write_report(out, results, title=reports[-1]["title"], notes=reports[-1]["notes"], env=environments[-1] | together)
+    return results
+
+
+def _check(found: Mapping[Key, StreamResult], result: StreamResult, path: Path) -> None:
+    """Only what may stand in one table."""
+    for other in found.values():
+        if other.config["order"] != result.config["order"]:
+            continue
+        if other.matrix.tasks != result.matrix.tasks:
+            raise ValueError(f"{path}: {result.arm} ran over {result.matrix.tasks}, others over {other.matrix.tasks}")
+        differing = _differing(other.config, result.config) if other.arm == result.arm else {}
+        if differing:
+            raise ValueError(f"{path}: {result.arm} has settings of its own, {differing}; expected one for all seeds")
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What both name and set differently; fields that are newer than a run are not in it."""
+    names = (one.keys() & other.keys()) - {"seed"}
+    nested = {name for name in names if isinstance(one[name], dict) and isinstance(other[name], dict)}
+    found = {name: _differing(one[name], other[name]) for name in nested}
+    return {k: v for k, v in found.items() if v} | {k: other[k] for k in names - nested if one[k] != other[k]}
+
+
+def _sorted(found: Mapping[Key, StreamResult]) -> list[StreamResult]:
+    orders, arms = ({key[i]: None for key in found} for i in (0, 1))
+    places = [{name: place for place, name in enumerate(names)} for names in (orders, arms)]
+    return [found[key] for key in sorted(found, key=lambda key: (places[0][key[0]], key[2], places[1][key[1]]))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    out, *paths = sys.argv[1:] if arguments is None else arguments
+    results = gather(Path(out), [Path(path) for path in paths])
+    print(f"{out}: {len(results)} runs of {len(paths)} reports")
+
+
+if __name__ == "__main__":
+    main()
