@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--only", type=_names, metavar="ARMS", help="run and report these arms only, comma-separated")
     run.add_argument("--seeds", type=_integers, help="instead of the file's: comma-separated, or a-b")
+    run.add_argument("--orders", type=_names, help="of the file's orders these only, comma-separated")
     run.add_argument("--data", metavar="DIR", help="benchmark folder, instead of the file's")
     run.set_defaults(command=_run)
 
@@ -150,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ella.continual.compare import run_cells
     from ella.continual.spec import load_spec
 
-    spec = load_spec(arguments.stream).chosen(arguments.only, arguments.seeds, arguments.data)
+    spec = load_spec(arguments.stream).chosen(arguments.only, arguments.seeds, arguments.data, arguments.orders)
     _prepare(arguments)
     cells = spec.cells()
     for order, names in spec.loaded.left_out.items():

@@ -102,7 +102,7 @@ class EllaRegularizer:
                 "per optimizer step, after zero_grad() and before clipping"
             )
         operands = self._operands()
-        return self._call(self._evaluate, operands).sum() * self._weight(operands)
+        return self._call(self._evaluate, operands).sum() * self._weight(operands.energy)
 
     @torch.no_grad()
     def add_gradient_(self, scale: float | Tensor = 1.0) -> Tensor:
@@ -122,10 +122,9 @@ class EllaRegularizer:
                 "ella.with_penalty(loss, regularizer, engine), or attach(trainer, regularizer)"
             )
         if engine == "FSDP2":
-            weight = self._weight(None)
-            return self._sharded.add_gradient_(self._finished.past, add_, weight * scale) * weight
+            return self._sharded.add_gradient_(self._finished.past, add_, self._weight, scale)
         operands = self._operands()
-        weight = self._weight(operands)
+        weight = self._weight(operands.energy)
         parameters = self._linear.trainable(self.adapter)
         if parameters is not None:
             into, n = gradients(parameters), len(self._penalised)
@@ -149,7 +148,7 @@ class EllaRegularizer:
             pair = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in layer.parameters()]
             grads.append(layer.factors(*pair))
             found.update({p: g for p, g in zip(layer.parameters(), pair, strict=True) if p.requires_grad})
-        weight = self._weight(operands)
+        weight = self._weight(operands.energy)
         value = self._add(operands, grads, weight) * weight
         return value, list(found), list(found.values())
 
@@ -186,17 +185,16 @@ class EllaRegularizer:
 
     def strength(self) -> float:
         """λ as it is now: a number for "auto" too, 0 before the first task has ended."""
-        engine = self._spread()
-        return self._lambda(None if engine == "FSDP2" else self._operands())
+        is_sharded = self._spread() == "FSDP2"
+        return self._lambda(self._sharded.energy(self._finished.past) if is_sharded else self._operands().energy)
 
-    def _weight(self, operands: Operands | None) -> float:
-        """What ``ΣP`` is multiplied by; ``operands`` None: they are spread over ranks."""
-        return self._lambda(operands) / (len(self._penalised) if self.config.reduction == "mean" else 1)
+    def _weight(self, energy: float) -> float:
+        """What ``ΣP`` is multiplied by, where ``energy`` is ``Σ ‖W_past‖_F²``."""
+        return self._lambda(energy) / (len(self._penalised) if self.config.reduction == "mean" else 1)
 
-    def _lambda(self, operands: Operands | None) -> float:
+    def _lambda(self, energy: float) -> float:
         if not isinstance(self.config.ella_lambda, str):
             return self.config.ella_lambda
-        energy = self._sharded.energy(self._finished.past) if operands is None else operands.energy
         return AUTO_LAMBDA * self._size / energy**2 if energy else 0.0
 
     def _evaluate(self, terms: list[Term], a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -51,7 +51,8 @@ class ShardedPenalty:
 
     def energy(self, past: Past) -> float:
         """``Σ ‖W_past‖_F²`` of all rows, where the strength depends on it."""
-        return math.fsum(term.energy for term in self._current(past)[1])
+        _, terms = self._current(past)
+        return math.fsum(term.energy for term in terms)
 
     @torch.no_grad()
     def values(self, past: Past, compute: Compute) -> tuple[list[int], Tensor]:
@@ -66,9 +67,16 @@ class ShardedPenalty:
         return [term.layer for term in terms], found
 
     @torch.no_grad()
-    def add_gradient_(self, past: Past, add_: Callable[..., Tensor], weight: float | Tensor) -> Tensor:
-        """Add ``weight · ∂ΣP`` to ``.grad``, made where it is missing; returns ``ΣP``, 0-dim."""
+    def add_gradient_(
+        self, past: Past, add_: Callable[..., Tensor], weight_of: Callable[[float], float], scale: float | Tensor
+    ) -> Tensor:
+        """Add ``scale · w · ∂ΣP`` to ``.grad``, made where it is missing; returns ``w · ΣP``, 0-dim.
+
+        ``w`` is ``weight_of(Σ ‖W_past‖_F²)``.
+        """
         rows, terms = self._current(past)
+        own_weight = weight_of(math.fsum(term.energy for term in terms))
+        weight = own_weight * scale
         if all(term.past is None for term in terms):
             return torch.zeros((), device=rows.device)
         a, b, pasts = self._operands(rows, terms)
@@ -99,7 +107,7 @@ class ShardedPenalty:
                 target.add_(ga[: target.shape[0]].view(target.shape))
             if q.requires_grad and gb is not (target := _local_grad(rows, q)):
                 target.add_(gb.to(target.device))
-        return total
+        return total * own_weight
 
     @property
     def _is_spectral(self) -> bool:

@@ -189,16 +189,27 @@ class StreamSpec:
         return [self.loaded.tasks[name].subset(*sizes, cell.config.seed) for name in cell.tasks]
 
     def chosen(
-        self, labels: Sequence[str] | None = None, seeds: Sequence[int] | None = None, data: str | None = None
+        self,
+        labels: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        data: str | None = None,
+        orders: Sequence[str] | None = None,
     ) -> StreamSpec:
-        """With these arms and seeds only, and the benchmark folder ``data``; None: what the file says.
+        """With these arms, seeds and orders only, and the benchmark folder ``data``; None: what the file says.
 
-        Raises ValueError for a label there is not, and for ``data`` where the tasks are not a benchmark's.
+        Raises ValueError for a label or an order there is not, and for ``data`` where the tasks are not a benchmark's.
         """
         if data is not None and self.tasks.benchmark is None:
             raise ValueError("--data is a benchmark folder, and this stream's tasks are none of a benchmark's")
         # Where the command was given, not beside the file.
         tasks = self.tasks if data is None else replace(self.tasks, benchmark=str(Path(data).resolve()))
+        if orders is not None:
+            known = list(self.tasks.named_orders())
+            unknown = [name for name in orders if name not in known]
+            if unknown:
+                raise ValueError(f"no orders {unknown} in this stream; it has {known}")
+            kept = [e for e in tasks.orders or () if (e if isinstance(e, str) else e["name"]) in orders]
+            tasks = replace(tasks, orders=kept or None)
         names = [arm.name for arm in self.arms]
         labels = names if labels is None else [OLD_NAMES.get(label, label) for label in labels]
         unknown = [label for label in labels if label not in names]

@@ -97,6 +97,19 @@ def test_arms_with_settings_of_their_own():
         spec.chosen(["swim", "ella"])
 
 
+def test_some_of_the_orders():
+    mine = {"name": "mine", "tasks": ["a"]}
+    spec = parse_spec({"tasks": {"benchmark": "x", "orders": ["standard-1", mine, "long-4"]}})
+    assert spec.chosen(orders=["long-4", "mine"]).tasks.orders == [mine, "long-4"]
+    assert spec.chosen().tasks == spec.tasks
+    with pytest.raises(
+        ValueError, match=r"no orders \['long-6'\] in this stream; it has \['standard-1', 'mine', 'long"
+    ):
+        spec.chosen(orders=["long-6"])
+    alone = parse_spec({"tasks": {"benchmark": "x", "order": "standard-1"}})
+    assert alone.chosen(orders=["standard-1"]).tasks == alone.tasks
+
+
 def test_integrations():
     def report_to(value):
         return parse_spec({**GOOD, "training": {"report_to": value}}).report_to
