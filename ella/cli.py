@@ -129,10 +129,11 @@ def _add_plan(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from ella.continual.demo import BENCHMARK_ORDER, run_demo
+    from ella.continual.workers import prepare_process
 
     if arguments.order and not arguments.data:
         raise ValueError("--order names tasks of a benchmark folder; give it with --data DIR")
-    _prepare(arguments)
+    prepare_process(arguments.threads)
     run_demo(
         data=arguments.data,
         order=arguments.order or BENCHMARK_ORDER,
@@ -150,9 +151,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from ella.continual.compare import run_cells
     from ella.continual.spec import load_spec
+    from ella.continual.workers import prepare_process
 
     spec = load_spec(arguments.stream).chosen(arguments.only, arguments.seeds, arguments.data, arguments.orders)
-    _prepare(arguments)
+    prepare_process(arguments.threads)
     cells = spec.cells()
     for order, names in spec.loaded.left_out.items():
         if names:
@@ -168,12 +170,6 @@ def _run(arguments: argparse.Namespace) -> None:
         report_to=spec.report_to,
         progress=not arguments.quiet,
     )
-
-
-def _prepare(arguments: argparse.Namespace) -> None:
-    from ella.continual.workers import prepare_process
-
-    prepare_process(arguments.threads)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -397,14 +397,12 @@ def test_wrong_usage_is_two(cli, arguments, message):
 
 
 def test_deprecations_inside_libraries_are_not_shown():
-    from argparse import Namespace
-
-    from ella.cli import _prepare
+    from ella.continual.workers import prepare_process
 
     def heard(category, module):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _prepare(Namespace(threads=None))
+            prepare_process()
             warnings.warn_explicit("old name", category, "f.py", 1, module=module)
         return len(caught)
 

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,7 @@ from .running import one_run
 from .state import StreamState
 from .stream import StreamConfig, StreamResult, run_stream
 from .tasks import AnyTask
-from .tracking import Tracker, check_integrations
+from .tracking import Tracker, check_integrations, make_stores
 from .workers import Failure, in_processes, prepare_process
 
 __all__ = ["Cell", "CellsFailed", "Source", "check_arms", "check_cells", "compare_arms", "run_cells"]
@@ -203,6 +203,7 @@ class _Grid:
         if jobs > 1:
             import torch
 
+            make_stores(self.report_to)
             share = max(1, (threads or torch.get_num_threads()) // jobs)
             outcomes = in_processes(_worker, (self.source, share, self.report_to), self._items(), jobs)
         else:
@@ -305,8 +306,7 @@ def _run_cell(
     source: Source, item: _Item, build: Callable[[], TextClassifier], report_to: Sequence[str], progress: bool
 ) -> StreamResult:
     cell, folder, untrained, general_before = item
-    tracker = Tracker(report_to, folder, cell.name) if report_to else None
-    try:
+    with Tracker(report_to, folder, cell.name) if report_to else nullcontext() as tracker:
         return run_stream(
             build(),
             source.tasks_of(cell),
@@ -318,9 +318,6 @@ def _run_cell(
             progress=progress,
             tracker=tracker,
         )
-    finally:
-        if tracker:
-            tracker.close()
 
 
 def _worker(source: Source, threads: int, report_to: Sequence[str]) -> Callable[[_Item], StreamResult]:

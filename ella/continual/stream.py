@@ -208,6 +208,9 @@ def run_stream(
         "tasks": {task.name: task.fingerprint() for task in tasks},
         "order": names,
     }
+    if tracker:
+        called = {"label": config.name, "order": config.order, "tasks": names}
+        tracker.describe(config.identity() | called | {"model": run["model"]})
     first = None
     if first_dir is not None and arm_class(config.arm).begins_plain:
         begun = {"config": config.shared(), "model": run["model"], "first": tasks[0].fingerprint()}

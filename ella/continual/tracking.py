@@ -6,16 +6,31 @@ Each integration reads its own settings (environment variables, log-ins) as it d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-__all__ = ["Tracker", "check_integrations"]
+__all__ = ["Tracker", "check_integrations", "make_stores"]
 
 
 def check_integrations(report_to: Sequence[str]) -> None:
     """Raises ValueError for an integration that transformers does not know, ImportError for one not installed."""
     _callbacks(report_to)
+
+
+def make_stores(report_to: Sequence[str]) -> None:
+    """Make what processes that begin at once would get in each other's way making: MLflow's database and experiment."""
+    if "mlflow" in report_to:
+        import mlflow
+
+        client, name = mlflow.MlflowClient(), os.getenv("MLFLOW_EXPERIMENT_NAME")
+        # Asking makes the database.
+        if client.get_experiment_by_name(name or "Default") is None and name:
+            client.create_experiment(name)
 
 
 def _callbacks(report_to: Sequence[str]) -> list[Any]:
@@ -30,10 +45,11 @@ def _callbacks(report_to: Sequence[str]) -> list[Any]:
 
 
 class Tracker:
-    """One run under the name ``name``; what an integration writes to disk lies below ``folder``.
+    """One run under the name ``name``; what TensorBoard is sent lies below ``folder``.
 
     The loss of a batch and the method's term of it go out every tenth step as "loss" and "penalty", the scores in
     percent after every task as "eval_<task>", and their mean as "eval_seen". A step counts from the stream's beginning.
+    As a context, closed at its end. A run of W&B or MLflow that is open already is used and stays open.
     """
 
     def __init__(self, report_to: Sequence[str], folder: str | Path, name: str) -> None:
@@ -41,14 +57,31 @@ class Tracker:
 
         self._report_to = list(report_to)
         self._callbacks = _callbacks(report_to)
+        for callback in self._callbacks:
+            # One folder for all runs, by TENSORBOARD_LOGGING_DIR, would draw them as one line.
+            if getattr(callback, "logging_dir", None):
+                callback.logging_dir = os.path.join(callback.logging_dir, name)
         # On a CPU: the arguments prepare no device, which is the classifier's.
         self._arguments = TrainingArguments(str(folder), run_name=name, report_to=self._report_to, use_cpu=True)
         self._state, self._control = TrainerState(), TrainerControl()
         self._model: Any = None
         self._done = 0
+        self._others: dict[str, str | None] = {}
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(failed=error is not None)
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """What is recorded of the run, beside its backbone's config; plain json. Before :meth:`begin`."""
+        # Integrations record the arguments, of which a stream sets none: the defaults of a Trainer would stand there.
+        vars(self._arguments)["to_dict"] = partial(dict, settings)
 
     def begin(self, model: Any, steps: int) -> None:
         """Training begins, or goes on after ``steps``."""
+        self._others = {name: _open_run(name) for name in ("wandb", "mlflow") if name in self._report_to}
         self._model, self._done, self._state.global_step = model, steps, steps
         self._call("on_train_begin")
 
@@ -68,16 +101,44 @@ class Tracker:
         mean = math.fsum(measured.values()) / max(len(measured), 1)
         self._call("on_log", logs=measured | {"eval_seen": mean})
 
-    def close(self) -> None:
-        """The run is over, finished or not."""
+    def close(self, failed: bool = False) -> None:
+        """The run is over; ``failed``: by an error."""
         if self._model is None:
             return
-        self._call("on_train_end")
-        if "wandb" in self._report_to:  # which goes on in the next run's name otherwise
-            import wandb
+        told = self._arguments, self._state, self._control
+        # From the last to the first, and an error in one keeps none of the others open.
+        with ExitStack() as ends:
+            ends.callback(self._end_run, "wandb", failed)  # which goes on in the next run's name otherwise
+            for callback in reversed(self._callbacks):
+                ends.callback(callback.on_train_end, *told, model=self._model)
+            if failed:
+                ends.callback(self._end_run, "mlflow", failed)  # its callback would call the run finished
+        self._model = None
 
-            wandb.finish()
+    def _end_run(self, name: str, failed: bool) -> None:
+        """End what was begun here."""
+        if name in self._others and _open_run(name) not in (None, self._others[name]):
+            if name == "wandb":
+                import wandb
+
+                wandb.finish(exit_code=int(failed))
+            else:
+                import mlflow
+
+                mlflow.end_run("FAILED" if failed else "FINISHED")
 
     def _call(self, event: str, **told: Any) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self._arguments, self._state, self._control, model=self._model, **told)
+
+
+def _open_run(name: str) -> str | None:
+    """The run of this process, of an integration that has one at a time."""
+    if name == "wandb":
+        import wandb
+
+        return wandb.run.id if wandb.run else None
+    import mlflow
+
+    run = mlflow.active_run()
+    return run.info.run_id if run else None
