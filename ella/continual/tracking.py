@@ -16,6 +16,9 @@ from typing import Any
 
 __all__ = ["Tracker", "check_integrations", "make_stores"]
 
+#: Integrations that have one run open in a process, and the package that keeps it.
+_KEEPERS = {"wandb": "wandb", "mlflow": "mlflow", "dagshub": "mlflow"}
+
 
 def check_integrations(report_to: Sequence[str]) -> None:
     """Raises ValueError for an integration that transformers does not know, ImportError for one not installed."""
@@ -81,7 +84,8 @@ class Tracker:
 
     def begin(self, model: Any, steps: int) -> None:
         """Training begins, or goes on after ``steps``."""
-        self._others = {name: _open_run(name) for name in ("wandb", "mlflow") if name in self._report_to}
+        keepers = {_KEEPERS[name] for name in self._report_to if name in _KEEPERS}
+        self._others = {keeper: _open_run(keeper) for keeper in keepers}
         self._model, self._done, self._state.global_step = model, steps, steps
         self._call("on_train_begin")
 
@@ -108,33 +112,36 @@ class Tracker:
         told = self._arguments, self._state, self._control
         # From the last to the first, and an error in one keeps none of the others open.
         with ExitStack() as ends:
-            ends.callback(self._end_run, "wandb", failed)  # which goes on in the next run's name otherwise
+            for keeper in self._others:
+                ends.callback(self._end_run, keeper, failed)
             for callback in reversed(self._callbacks):
+                # MLflow's would call a failed run finished, and end whatever is open when it is collected.
+                if hasattr(callback, "_auto_end_run"):
+                    callback._auto_end_run = False
                 ends.callback(callback.on_train_end, *told, model=self._model)
-            if failed:
-                ends.callback(self._end_run, "mlflow", failed)  # its callback would call the run finished
         self._model = None
 
-    def _end_run(self, name: str, failed: bool) -> None:
-        """End what was begun here."""
-        if name in self._others and _open_run(name) not in (None, self._others[name]):
-            if name == "wandb":
-                import wandb
+    def _end_run(self, keeper: str, failed: bool) -> None:
+        """End what was begun here, in which the next run would go on."""
+        if _open_run(keeper) in (None, self._others[keeper]):
+            return
+        if keeper == "wandb":
+            import wandb
 
-                wandb.finish(exit_code=int(failed))
-            else:
-                import mlflow
+            wandb.finish(exit_code=int(failed))
+        else:
+            import mlflow
 
-                mlflow.end_run("FAILED" if failed else "FINISHED")
+            mlflow.end_run("FAILED" if failed else "FINISHED")
 
     def _call(self, event: str, **told: Any) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self._arguments, self._state, self._control, model=self._model, **told)
 
 
-def _open_run(name: str) -> str | None:
-    """The run of this process, of an integration that has one at a time."""
-    if name == "wandb":
+def _open_run(keeper: str) -> str | None:
+    """The run that is open in this process."""
+    if keeper == "wandb":
         import wandb
 
         return wandb.run.id if wandb.run else None
