@@ -157,12 +157,13 @@ def run_cells(
         CellsFailed: at the end, when a run failed; its traceback is in its folder.
         ValueError, ImportError: no cells, two of one name, an unknown or a missing integration, no lm-eval where it is
             asked for, before anything runs.
-        OSError: another process is running in ``out_dir``, or nothing can be written there.
+        OSError: another process is running in ``out_dir``, or nothing can be written there; MLflow cannot be told.
     """
     check_cells(cells)
     check_integrations(report_to)
     for cell in cells:
         check_general(cell.config.general)
+    make_stores(report_to)
     with one_run(out_dir):
         if not resume:
             for cell in cells:
@@ -203,7 +204,6 @@ class _Grid:
         if jobs > 1:
             import torch
 
-            make_stores(self.report_to)
             share = max(1, (threads or torch.get_num_threads()) // jobs)
             outcomes = in_processes(_worker, (self.source, share, self.report_to), self._items(), jobs)
         else:

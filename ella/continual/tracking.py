@@ -26,14 +26,22 @@ def check_integrations(report_to: Sequence[str]) -> None:
 
 
 def make_stores(report_to: Sequence[str]) -> None:
-    """Make what processes that begin at once would get in each other's way making: MLflow's database and experiment."""
-    if "mlflow" in report_to:
-        import mlflow
+    """Make what processes that begin at once would get in each other's way making: MLflow's database and experiment.
 
-        client, name = mlflow.MlflowClient(), os.getenv("MLFLOW_EXPERIMENT_NAME")
+    Raises OSError where MLflow cannot use the store.
+    """
+    if "mlflow" not in report_to:
+        return
+    import mlflow
+
+    name = os.getenv("MLFLOW_EXPERIMENT_NAME")
+    try:
+        client = mlflow.MlflowClient()
         # Asking makes the database.
         if client.get_experiment_by_name(name or "Default") is None and name:
             client.create_experiment(name)
+    except Exception as error:
+        raise OSError(f"mlflow cannot use {mlflow.get_tracking_uri()}: {error}") from error
 
 
 def _callbacks(report_to: Sequence[str]) -> list[Any]:
@@ -57,12 +65,13 @@ class Tracker:
 
     def __init__(self, report_to: Sequence[str], folder: str | Path, name: str) -> None:
         from transformers import TrainerControl, TrainerState, TrainingArguments
+        from transformers.integrations import TensorBoardCallback
 
         self._report_to = list(report_to)
         self._callbacks = _callbacks(report_to)
         for callback in self._callbacks:
             # One folder for all runs, by TENSORBOARD_LOGGING_DIR, would draw them as one line.
-            if getattr(callback, "logging_dir", None):
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir:
                 callback.logging_dir = os.path.join(callback.logging_dir, name)
         # On a CPU: the arguments prepare no device, which is the classifier's.
         self._arguments = TrainingArguments(str(folder), run_name=name, report_to=self._report_to, use_cpu=True)
