@@ -6,6 +6,8 @@ import errno
 import hashlib
 import math
 import re
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -323,6 +325,9 @@ def _run_cell(
 def _worker(source: Source, threads: int, report_to: Sequence[str]) -> Callable[[_Item], StreamResult]:
     """What a process of several does with a cell; no bars, which would be written over each other."""
     prepare_process(threads)
+    if report_to:
+        # How a stopped command ends its processes; integrations are to hear of it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a process that is ended leaves behind
     return lambda item: _run_cell(source, item, source.build, report_to, progress=False)
 

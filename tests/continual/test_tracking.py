@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 from contextlib import suppress
 from types import SimpleNamespace
@@ -12,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from ella.config import EllaConfig
-from ella.continual import tracking
-from ella.continual.compare import run_cells
+from ella.continual import compare, tracking
 from ella.continual.models import LoraSettings, build_classifier
 from ella.continual.spec import parse_spec
 from ella.continual.stream import StreamConfig, run_stream
@@ -153,6 +153,20 @@ def test_each_run_is_one_of_its_own_and_ends_as_it_did(stores, tmp_path):
     assert [store.open for store in stores] == ["d", "d"]
 
 
+def test_a_process_that_is_ended_closes_its_run(stores, tmp_path, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr("signal.signal", handlers.__setitem__)
+    monkeypatch.setattr(compare, "prepare_process", lambda threads: None)
+    monkeypatch.setattr(compare.tqdm, "set_lock", lambda lock: None)
+    compare._worker(None, 1, [])
+    assert not handlers
+    compare._worker(None, 1, ["mlflow"])
+    with pytest.raises(SystemExit), Tracker(["wandb", "mlflow"], tmp_path, "a") as tracker:
+        tracker.begin(object(), 0)
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert all(store.runs == {"a": "FAILED"} for store in stores)
+
+
 def test_an_open_run_is_used_and_stays_open(stores, tmp_path):
     for store in stores:
         store.begin("outer")
@@ -200,7 +214,7 @@ def test_a_store_that_cannot_be_used_is_said_before_anything_runs(bert, tmp_path
     monkeypatch.setattr(tracking, "_callbacks", lambda _: [])
     spec = parse_spec({"model": {"path": str(bert)}, "tasks": {"docstrings": ["numpy"]}}, tmp_path)
     with pytest.raises(OSError, match="mlflow cannot use http://there: no such server"):
-        run_cells(spec, spec.cells(), out_dir=tmp_path / "out", title="t", notes={}, report_to=["mlflow"])
+        compare.run_cells(spec, spec.cells(), out_dir=tmp_path / "out", title="t", notes={}, report_to=["mlflow"])
     assert not (tmp_path / "out").exists()
 
 
