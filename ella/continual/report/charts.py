@@ -25,9 +25,10 @@ COLORS = {
     "replay": "#6f961f",
     "slao": "#16909c",
     "osf": "#dc4250",
-    "lines": "#5f7f95",
+    "lines": "#9c3cc0",
     "joint": "#6e7781",
 }
+DASHES = ("7 3", "3 3", "10 3 3 3")
 OTHER_COLORS = ("#e0700a", "#0b8f6f", "#8a63d2", "#c0568a", "#4a8fd0", "#8f8a1a", "#c8553d", "#5b8c5a")
 
 
@@ -53,13 +54,14 @@ class Line:
 def looks(given: Mapping[str, str]) -> dict[str, Look]:
     """A look for every arm of ``given`` (arm: what it is given), no two alike for up to 8 labels of one's own.
 
-    References are dotted, and every second arm dashed: colours alone do not tell twelve lines apart.
+    Colours alone do not tell twelve lines apart, least of all to the colour-blind. References are dotted; the first
+    arm, ELLA where there is one, is the only full line, so that it is seen under a dashed one with the same values.
     """
     own = iter(range(len(given)))
     found = {}
     for i, arm in enumerate(sorted(given, key=lambda arm: arm != "ella")):
         color = COLORS.get(arm) or OTHER_COLORS[next(own) % len(OTHER_COLORS)]
-        dash = "1.5 4" if given[arm] else "7 3" if i % 2 else ""
+        dash = "1.5 4" if given[arm] else DASHES[i % len(DASHES)] if i else ""
         found[arm] = Look(color, dash, 3.0 if arm == "ella" else 2.0)
     return found
 
@@ -122,8 +124,9 @@ def line_chart(
     ``what`` says in words what is drawn, ``kind`` is the figure's class, ``show`` writes a value at the axis.
     ``small`` panels number the tasks (from 1) instead of naming them.
     """
-    width, height, bottom = (236, 150, 24) if small else (340, 220, 46)
-    left = 38 if most == 100 else 64
+    two_lines = not small and max(map(len, tasks)) > 4
+    width, height, bottom = (236, 150, 24) if small else (340, 220, 46) if two_lines else (340, 202, 28)
+    left = 38 if most == 100 else 72
     plot = _Plot(width, height, left, bottom, first, len(tasks) - 1, most or 1.0)
     marks = []
     for part in (0, 0.25, 0.5, 0.75, 1) if not small else (0, 0.5, 1):
@@ -133,8 +136,9 @@ def line_chart(
             'stroke="currentColor" stroke-opacity=".25"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{esc(show(part * plot.most))}</text>'
         )
-    marks += _task_names(plot, tasks, small)
-    for line in lines:
+    marks += _task_names(plot, tasks, small, two_lines)
+    # The widest line, ELLA's, lies under the others: it still shows beside one with the same values.
+    for line in sorted(lines, key=lambda line: -line.look.width):
         if len(line.single) > 1:
             marks += [
                 f'<polyline points="{plot.points(single)}" stroke="{line.look.color}" '
@@ -145,7 +149,7 @@ def line_chart(
         if len(line.points) > 1:
             marks.append(f'<polyline points="{plot.points(line.points)}" fill="none"{_stroke(line.look)}/>')
         marks += [
-            f'<circle cx="{plot.x(i):.1f}" cy="{plot.y(v):.1f}" r="{2 if small else 3}" fill="{line.look.color}">'
+            f'<circle cx="{plot.x(i):.1f}" cy="{plot.y(v):.1f}" r="{line.look.width / (1.2 if small else 0.8):.1f}" fill="{line.look.color}">'
             f"<title>{esc(line.title)}: {esc(show(round(v, 1)))} after {esc(tasks[i])}</title></circle>"
             for i, v in line.points
         ]
@@ -157,16 +161,17 @@ def line_chart(
     return _figure(kind, caption, f"{what}: {ends}", width, height, marks)
 
 
-def _task_names(plot: _Plot, tasks: Sequence[str], small: bool) -> list[str]:
+def _task_names(plot: _Plot, tasks: Sequence[str], small: bool, two_lines: bool) -> list[str]:
     marks = []
-    two_lines = not small and max(map(len, tasks)) > 4
     every = max(1, math.ceil((plot.last - plot.first + 1) / 8))
     for i in range(plot.first, plot.last + 1):
         # Small panels name every few tasks, and always the last.
         if small and i != plot.last and ((i - plot.first) % every or plot.last - i < every):
             continue
-        anchor = "middle" if small or plot.first == plot.last else "start" if i == plot.first else "middle"
-        anchor = "end" if not small and i == plot.last > plot.first else anchor
+        anchor = "middle"
+        if two_lines and plot.first < plot.last:
+            # Long names at the ends stay inside the chart.
+            anchor = "start" if i == plot.first else "end" if i == plot.last else "middle"
         # Long names of neighbours stand on two lines, so that they do not run into each other.
         level = plot.height - plot.bottom + (34 if two_lines and (i - plot.first) % 2 else 18)
         name = str(i + 1) if small else _short(tasks[i])
@@ -206,8 +211,10 @@ def strip_chart(caption: str, look: Look, found: Interference) -> Chart:
 
 
 def _figure(kind: str, caption: str, label: str, width: int, height: int, marks: Sequence[str]) -> Chart:
+    # Strips scroll where the page is narrow, with the keyboard too.
+    focus = ' tabindex="0"' if kind == "strip" else ""
     return Chart(
-        f'<figure class="{kind}"><figcaption>{esc(caption)}</figcaption><svg viewBox="0 0 {width} {height}" '
+        f'<figure class="{kind}"{focus}><figcaption>{esc(caption)}</figcaption><svg viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" font-size="11" fill="currentColor" role="img" '
         f'aria-label="{esc(label)}">{"".join(marks)}</svg></figure>'
     )

@@ -35,12 +35,12 @@ def _block(block: Block) -> str:
 def _scrolled(table: Table) -> str:
     """Wide tables move inside the page, with the keyboard too."""
     name = esc(table.caption or "how it was run")
-    return f'<div class="wide" role="region" tabindex="0" aria-label="{name}">{_table(table)}</div>'
+    return f'<div class="wide" role="group" tabindex="0" aria-label="{name}">{_table(table)}</div>'
 
 
 def _table(table: Table) -> str:
     caption = f"<caption>{_dot(table.color)}{esc(table.caption)}</caption>" if table.caption else ""
-    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in table.columns)
+    head = "".join(map(_column, table.columns))
     first = f'<th scope="col">{esc(table.corner)}</th>' if table.corner else "<td></td>"
     head = f"<thead><tr>{first}{head}</tr></thead>" if table.columns else ""
     rows = "".join(_row(row, table) for row in table.rows)
@@ -49,9 +49,17 @@ def _table(table: Table) -> str:
     return f"<table{kind}{hue}>{caption}{head}<tbody>{rows}</tbody></table>"
 
 
+def _column(name: str) -> str:
+    """Long names break into lines, not into a column of single words; short ones ("SST-2") never break."""
+    long = ' class="long"' if len(name) > 12 else ""
+    return f'<th scope="col"{long}>{esc(name)}</th>'
+
+
 def _row(row: Row | Divider, table: Table) -> str:
     if isinstance(row, Divider):
-        return f'<tr class="divider"><th colspan="{len(table.columns) + 1}" scope="colgroup">{esc(row.text)}</th></tr>'
+        # A body of its own: what the words stand over is a group of rows.
+        head = f'<th colspan="{len(table.columns) + 1}" scope="rowgroup">{esc(row.text)}</th>'
+        return f'</tbody><tbody><tr class="divider">{head}</tr>'
     note = f" <small>{esc(row.note)}</small>" if row.note else ""
     ours = ' class="ours"' if row.ours else ""
     cells = "".join(map(_cell, row.cells))
@@ -72,22 +80,27 @@ def _dot(color: str) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink:#1c2128; --soft:#57606a; --line:#d8dee4; --paper:#fff; --card:#f6f8fa }
-@media (prefers-color-scheme: dark) {
+:root { color-scheme:light dark; --ink:#1c2128; --soft:#57606a; --line:#d8dee4; --paper:#fff; --card:#f6f8fa }
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink:#e6edf3; --soft:#9198a1; --line:#3d444d; --paper:#0d1117; --card:#151b23 } }
 * { box-sizing:border-box }
-body { font:15px/1.5 system-ui,sans-serif; color:var(--ink); background:var(--paper); max-width:1120px;
+body { font:15px/1.5 system-ui,sans-serif; color:var(--ink); background:var(--paper); max-width:1184px;
   margin:0 auto; padding:32px 20px 64px; overflow-wrap:break-word }
 h1 { font-size:26px; margin:0 0 20px } h2 { font-size:20px; margin:44px 0 8px } h3 { font-size:16px; margin:28px 0 6px }
 p { color:var(--soft); margin:8px 0 12px; max-width:75ch } .said { color:var(--ink); font-size:17px; margin:0 0 8px }
-.wide { overflow-x:auto; max-width:100% } .wide+.wide { margin-top:16px }
-table { border-collapse:collapse; font-variant-numeric:tabular-nums }
+.wide { overflow-x:auto; max-width:100%; margin:16px 0 } figure .wide { margin:0 }
+table { border-collapse:separate; border-spacing:0; font-variant-numeric:tabular-nums }
 caption { text-align:left; font-weight:600; padding:0 0 6px }
 th { text-align:left; font-weight:500; color:var(--soft) } td { text-align:right; white-space:nowrap }
-th,td { padding:6px 12px } thead th { vertical-align:bottom; max-width:170px }
+th,td { padding:6px 12px } thead th { vertical-align:bottom; white-space:nowrap }
+thead .long { white-space:normal; min-width:10em; max-width:13em }
 thead th+th,thead td+th { text-align:right }
 tbody tr>* { border-top:1px solid var(--line) } tbody th { color:var(--ink); min-width:9em }
-.ours { background:var(--card) } .ours th { font-weight:700 } small { color:var(--soft); font-weight:400 }
+tr>:first-child:not([colspan]) { position:sticky; left:0; background:var(--paper) }
+figure tr>:first-child { background:var(--card) }
+tbody th:has(>.dot) { padding-left:29px } th>.dot { margin-left:-17px }
+.ours,tr.ours>:first-child { background:var(--card) } .ours th { font-weight:700 }
+small { color:var(--soft); font-weight:400 }
 .divider th { border-top:2px solid var(--soft); color:var(--soft); font-size:13px; padding-top:10px }
 .panels { display:flex; flex-wrap:wrap; gap:16px; align-items:flex-start }
 figure { margin:0; max-width:100%; background:var(--card); padding:14px; border:1px solid var(--line);
@@ -107,8 +120,14 @@ details summary { cursor:pointer; color:var(--soft); margin:6px 0 } details[open
 .facts th { vertical-align:top; color:var(--soft) }
 code { font-size:13px }
 @media (max-width:600px) { body { padding:20px 12px 48px } th,td { padding:5px 7px } figure { padding:10px }
-  td small { display:block } tbody th { min-width:6.5em } }
-@media print { details>* { display:block } figure { break-inside:avoid } }
+  td small { display:block } thead .long { min-width:6em } tbody th { min-width:6.5em }
+  tbody th:has(>.dot) { padding-left:24px } }
+@media print { :root { color-scheme:light; print-color-adjust:exact } body { font-size:12px; padding:0 }
+  .said { font-size:14px } .wide,.strip { overflow:visible } th,td { padding:3px 6px } tbody th { min-width:0 }
+  tr>:first-child:not([colspan]) { position:static } td small { display:block } .matrix { font-size:9px }
+  .matrix th,.matrix td { padding:2px 3px } thead .long { min-width:7em }
+  details::details-content { content-visibility:visible; display:block } summary { list-style:none }
+  h2,h3,caption,summary,.legend { break-after:avoid } figure,tr { break-inside:avoid } }
 """
 
 _PAGE = """<!doctype html>

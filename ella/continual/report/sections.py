@@ -29,11 +29,16 @@ from .summary import (
     summarise,
     title_of,
 )
-from .text import format_bytes, mean_and_spread, number
+from .text import cost_sentence, format_bytes, mean_and_spread, number
 
 __all__ = ["content"]
 
 Summary = Mapping[str, Mapping[str, Any]]
+#: How to read the metrics, for who meets them here.
+METRICS = (
+    "Overall accuracy is the mean over all tasks after the last one. Backward transfer is how far a task's accuracy has "
+    "moved from when it was learned to the end, mean over tasks: the further below zero, the more is forgotten."
+)
 GIVEN = "References: given what a stream does not give"
 
 
@@ -67,7 +72,9 @@ def content(
 def _order(runs: Sequence[StreamResult], summary: Summary, look: Mapping[str, Look], level: int) -> list[Block]:
     blocks: list[Block] = [Text(c.sentence, strong=True) for c in comparisons(runs)]
     if level == 2:
-        blocks.append(Heading("Accuracy", 2))
+        cost = cost_sentence(summary[OURS]) if OURS in summary else ""
+        blocks += [Text(cost, strong=True)] if cost else []
+        blocks += [Heading("Accuracy", 2), Text(METRICS)]
     blocks.append(_headline(runs, summary, look))
     if any(len(values["seeds"]) > 1 for values in summary.values()):
         blocks.append(
@@ -140,6 +147,10 @@ def _over_orders(
     found = over_orders(summaries)
     blocks: list[Block] = [Heading("All orders", 2)]
     blocks += [Text(c.sentence, strong=True) for c in comparisons(results)]
+    costs = (cost_sentence(s[OURS], order) for order, s in summaries.items() if OURS in s)
+    if cost := next(filter(None, costs), ""):
+        blocks.append(Text(cost, strong=True))
+    blocks.append(Text(METRICS))
     for metric in ("OA", "BWT"):
         rows = _ranked_rows(
             found,
@@ -336,6 +347,7 @@ def _interference(arms: Mapping[str, Sequence[StreamResult]], look: Mapping[str,
         ),
         Panels([strip_chart(f"{titles[arm]}: layers by tasks", look[arm], record) for arm, record in found.items()]),
     ]
+    tables = []
     for arm, record in found.items():
         rows: list[Row | Divider] = []
         for i, task in enumerate(record.tasks):
@@ -343,9 +355,11 @@ def _interference(arms: Mapping[str, Sequence[StreamResult]], look: Mapping[str,
             known = {layer: value for layer, value in column.items() if not math.isnan(value)}
             if known:
                 top = max(known, key=lambda layer: known[layer])
-                rows.append(Row(task, [Cell(f"{sum(known.values()):.3g}"), Cell(f"{known[top]:.3g}", top)]))
-        blocks.append(Table(f"{titles[arm]}: interference", ["all layers", "largest layer"], rows))
-    return blocks
+                # Without a past no layer is the largest.
+                name = top if known[top] else ""
+                rows.append(Row(task, [Cell(f"{sum(known.values()):.3g}"), Cell(f"{known[top]:.3g}", name)]))
+        tables.append(Table(f"{titles[arm]}: interference", ["all layers", "largest layer"], rows))
+    return [*blocks, Panels(tables, fold="interference as tables" if len(tables) > 1 else "interference as a table")]
 
 
 # --- how it was run --------------------------------------------------------------------------------------------------

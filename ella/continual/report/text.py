@@ -11,7 +11,7 @@ from ..stream import StreamResult
 from .comparison import OURS, comparisons
 from .summary import METRIC_TITLES, by_order, over_orders, ranked, summarise
 
-__all__ = ["format_bytes", "format_matrix", "mean_and_spread", "number", "render_text"]
+__all__ = ["cost_sentence", "format_bytes", "format_matrix", "mean_and_spread", "number", "render_text"]
 
 SHORT_TITLES = {"OA": "OA", "BWT": "BWT", "FWT_zero_shot": "FWT*", "FWT_learning": "FWT**"}
 
@@ -81,12 +81,21 @@ def _table(title: str, summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def cost_sentence(ella: Mapping[str, Any], order: str = "") -> str:
+    """What ELLA costs by its summary, of the runs of ``order`` where that is to be said; "" where nothing is known."""
+    said = [f"its {_penalty_takes(ella)}"] if not math.isnan(ella["penalty_share"]) else []
+    if ella["state_bytes"]:
+        grows = f", {ella['state_growth']}" if ella["state_growth"] else ""
+        said.append(f"from task to task it carries at most {format_bytes(ella['state_bytes'])}{grows}")
+    return f"What ELLA costs{f' on {order}' if order else ''}: {'; '.join(said)}." if said else ""
+
+
+def _penalty_takes(ella: Mapping[str, Any]) -> str:
+    return f"penalty takes {100 * ella['penalty_share']:.1f} % of a {ella['step_milliseconds']:.0f} ms step"
+
+
 def _costs(ella: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if not math.isnan(ella["penalty_share"]):
-        lines.append(
-            f"the penalty takes {100 * ella['penalty_share']:.1f} % of a {ella['step_milliseconds']:.0f} ms step"
-        )
+    lines = [] if math.isnan(ella["penalty_share"]) else [f"the {_penalty_takes(ella)}"]
     lines.append(
         f"its state: {format_bytes(ella['state_bytes'])} for {ella['layers']} layers; "
         f"as dense float32 matrices {format_bytes(ella['dense_bytes'])}"
