@@ -96,12 +96,12 @@ th,td { padding:6px 12px } thead th { vertical-align:bottom; white-space:nowrap 
 thead .long { white-space:normal; min-width:10em; max-width:13em }
 thead th+th,thead td+th { text-align:right }
 tbody tr>* { border-top:1px solid var(--line) } tbody th { color:var(--ink); min-width:9em }
-tr>:first-child:not([colspan]) { position:sticky; left:0; background:var(--paper) }
-figure tr>:first-child { background:var(--card) }
+body { --under:var(--paper) } figure,.ours { --under:var(--card) }
+tr>:first-child:not([colspan]) { position:sticky; left:0; background:var(--under) }
 tbody th:has(>.dot) { padding-left:29px } th>.dot { margin-left:-17px }
-.ours,tr.ours>:first-child { background:var(--card) } .ours th { font-weight:700 }
+.ours { background:var(--under) } .ours th { font-weight:700 }
 small { color:var(--soft); font-weight:400 }
-.divider th { border-top:2px solid var(--soft); color:var(--soft); font-size:13px; padding-top:10px }
+.divider th { border-top:2px solid var(--soft); color:var(--soft); font-size:.87em; padding-top:10px }
 .panels { display:flex; flex-wrap:wrap; gap:16px; align-items:flex-start }
 figure { margin:0; max-width:100%; background:var(--card); padding:14px; border:1px solid var(--line);
   border-radius:8px }
@@ -120,9 +120,11 @@ details summary { cursor:pointer; color:var(--soft); margin:6px 0 } details[open
 .facts th { vertical-align:top; color:var(--soft) }
 code { font-size:13px }
 @media (max-width:600px) { body { padding:20px 12px 48px } th,td { padding:5px 7px } figure { padding:10px }
-  td small { display:block } thead .long { min-width:6em } tbody th { min-width:6.5em }
-  tbody th:has(>.dot) { padding-left:24px } }
+  td small { display:block } thead th { font-size:13px } thead .long { min-width:7em }
+  tbody th { min-width:6.5em } tbody th:has(>.dot) { padding-left:24px; min-width:8em } }
+@page { margin:12mm }
 @media print { :root { color-scheme:light; print-color-adjust:exact } body { font-size:12px; padding:0 }
+  figure { padding:8px } figure:has(>svg) { max-width:calc(50% - 8px) }
   .said { font-size:14px } .wide,.strip { overflow:visible } th,td { padding:3px 6px } tbody th { min-width:0 }
   tr>:first-child:not([colspan]) { position:static } td small { display:block } .matrix { font-size:9px }
   .matrix th,.matrix td { padding:2px 3px } thead .long { min-width:7em }

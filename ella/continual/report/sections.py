@@ -221,7 +221,7 @@ def _curves(
         for arm in drawn
     ]
     average = line_chart(
-        "Average accuracy so far" + (", by number of tasks" if small else ""),
+        "Average accuracy by number of tasks" if small else "Average accuracy so far",
         [Line(summary[arm]["title"], look[arm], _known(averages[arm])) for arm in drawn],
         [str(i + 1) for i in range(len(tasks))] if small else tasks,
         what="mean accuracy over the tasks learned so far, after each task",

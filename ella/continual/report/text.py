@@ -85,8 +85,8 @@ def cost_sentence(ella: Mapping[str, Any], order: str = "") -> str:
     """What ELLA costs by its summary, of the runs of ``order`` where that is to be said; "" where nothing is known."""
     said = [f"its {_penalty_takes(ella)}"] if not math.isnan(ella["penalty_share"]) else []
     if ella["state_bytes"]:
-        grows = f", {ella['state_growth']}" if ella["state_growth"] else ""
-        said.append(f"from task to task it carries at most {format_bytes(ella['state_bytes'])}{grows}")
+        grows = f" ({ella['state_growth']})" if ella["state_growth"] else ""
+        said.append(f"after the last task it carries {format_bytes(ella['state_bytes'])}{grows}")
     return f"What ELLA costs{f' on {order}' if order else ''}: {'; '.join(said)}." if said else ""
 
 
