@@ -148,8 +148,9 @@ def line_chart(
             ]
         if len(line.points) > 1:
             marks.append(f'<polyline points="{plot.points(line.points)}" fill="none"{_stroke(line.look)}/>')
+        radius = line.look.width / (1.2 if small else 0.8)
         marks += [
-            f'<circle cx="{plot.x(i):.1f}" cy="{plot.y(v):.1f}" r="{line.look.width / (1.2 if small else 0.8):.1f}" fill="{line.look.color}">'
+            f'<circle cx="{plot.x(i):.1f}" cy="{plot.y(v):.1f}" r="{radius:.1f}" fill="{line.look.color}">'
             f"<title>{esc(line.title)}: {esc(show(round(v, 1)))} after {esc(tasks[i])}</title></circle>"
             for i, v in line.points
         ]

@@ -36,8 +36,8 @@ __all__ = ["content"]
 Summary = Mapping[str, Mapping[str, Any]]
 #: How to read the metrics, for who meets them here.
 METRICS = (
-    "Overall accuracy is the mean over all tasks after the last one. Backward transfer is how far a task's accuracy has "
-    "moved from when it was learned to the end, mean over tasks: the further below zero, the more is forgotten."
+    "Overall accuracy is the mean over all tasks after the last one. Backward transfer is how far a task's accuracy "
+    "has moved from when it was learned to the end, mean over tasks: the further below zero, the more is forgotten."
 )
 GIVEN = "References: given what a stream does not give"
 
