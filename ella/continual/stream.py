@@ -37,17 +37,21 @@ from .tracking import Tracker
 
 __all__ = ["StreamConfig", "StreamResult", "run_stream"]
 
+#: Those of transformers that need no setting of their own.
+SCHEDULES = ("constant", "linear", "cosine")
+
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Settings of a run; the optimiser is AdamW at a constant rate, new for every task.
+    """Settings of a run; the optimiser is AdamW, new for every task.
 
     ``arm`` names a method of :data:`ella.continual.arms.ARMS`, ``settings`` what is set of it: fields of its
     ``Settings``, and of ``ella`` for this method alone. ``label`` is what the run is called where one method stands
     with several settings, ``order`` what the order of its tasks is called. ``evaluate`` is "seen" (tasks so far and
-    the next one, which zero-shot forward transfer needs) or "all". ``dropout`` False trains in eval mode: no dropout
-    anywhere. ``ella`` holds the penalty of ELLA; methods that fold take how the past is kept from it. ``general`` is
-    what generators are asked before the first task and after the last.
+    the next one, which zero-shot forward transfer needs) or "all". ``lr_scheduler_type`` is "constant", "linear" or
+    "cosine": the rate over the steps of each task, as in transformers. ``dropout`` False trains in eval mode: no
+    dropout anywhere. ``ella`` holds the penalty of ELLA; methods that fold take how the past is kept from it.
+    ``general`` is what generators are asked before the first task and after the last.
     """
 
     arm: str = "ella"
@@ -56,6 +60,7 @@ class StreamConfig:
     order: str = ""
     seed: int = 0
     learning_rate: float = 2e-3
+    lr_scheduler_type: str = "constant"
     weight_decay: float = 0.0
     epochs: int = 1
     batch_size: int = 16
@@ -75,6 +80,8 @@ class StreamConfig:
             check_count(name, getattr(self, name))
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("weight_decay", self.weight_decay, least=0)
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ValueError(f"lr_scheduler_type is {self.lr_scheduler_type!r}; expected one of {list(SCHEDULES)}")
         if not isinstance(self.dropout, bool):
             raise ValueError(f"dropout is {self.dropout!r}; expected True or False")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -94,7 +101,10 @@ class StreamConfig:
 
     def shared(self) -> dict[str, Any]:
         """The settings of all methods."""
-        own = ("arm", "label", "order", "settings", "ella", "general")
+        own = ["arm", "label", "order", "settings", "ella", "general"]
+        if self.lr_scheduler_type == "constant":
+            # Runs that were saved before there was a choice go on.
+            own.append("lr_scheduler_type")
         return {name: value for name, value in self.to_dict().items() if name not in own}
 
     def identity(self) -> dict[str, Any]:
@@ -336,6 +346,8 @@ def _trained(
 def _train(
     arm: Arm, config: StreamConfig, index: int, label: str, progress: bool, tracker: Tracker | None
 ) -> dict[str, Any]:
+    from transformers import get_scheduler
+
     model = arm.model
     seed = task_seed(config.seed, index)
     torch.manual_seed(seed)
@@ -343,6 +355,7 @@ def _train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     batches = [b for epoch in range(config.epochs) for b in arm.batches(index, config.batch_size, seed + epoch)]
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, 0, len(batches))
     losses: list[torch.Tensor] = []
     penalties: list[torch.Tensor] = []
     penalty_seconds = 0.0
@@ -360,6 +373,7 @@ def _train(
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
+            schedule.step()
             losses.append(loss.detach())
             # Reading a value waits for the device, so not on every step.
             if (progress or tracker) and step % 10 == 0:

@@ -322,6 +322,7 @@ def test_what_is_lost_in_the_tokenizer_is_named_with_its_task(bert):
         ({"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
         ({"eval_batch_size": 2.0}, "eval_batch_size is 2.0"),
         ({"learning_rate": 0}, "learning_rate is 0"),
+        ({"lr_scheduler_type": "polynomial"}, r"lr_scheduler_type is 'polynomial'; expected one of \['constant', 'lin"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"learning_rate": "1e-3"}, "learning_rate is '1e-3'; expected a finite number above 0"),
         ({"learning_rate": 10**400}, "learning_rate is 1000.*; expected a finite number"),
@@ -337,6 +338,20 @@ def test_what_is_lost_in_the_tokenizer_is_named_with_its_task(bert):
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         StreamConfig(**changes)
+
+
+def test_the_rate_falls_over_every_task(bert, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    linear = replace(CONFIG, epochs=1, lr_scheduler_type="linear")
+    run_stream(watched(bert), TASKS, linear, progress=False)
+    # 8 steps a task, from the rate itself to an eighth of it, as transformers' Trainer has it.
+    assert rates == pytest.approx(2 * [linear.learning_rate * (8 - k) / 8 for k in range(8)])
+    # A constant rate is no setting that older runs lack.
+    assert "lr_scheduler_type" in linear.identity() and "lr_scheduler_type" not in CONFIG.identity()
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
