@@ -16,7 +16,7 @@ from .tasks import Task, TaskError, load_benchmark
 
 __all__ = ["BENCHMARK_ORDER", "DEMO_CONFIG", "QUESTION_ORDER", "run_demo"]
 
-DEMO_CONFIG = StreamConfig(learning_rate=2e-3, epochs=1, batch_size=8)
+DEMO_CONFIG = StreamConfig(learning_rate=4e-3, lr_scheduler_type="linear", epochs=1, batch_size=8)
 DEMO_LORA = LoraSettings(r=8, alpha=16, target_modules=("query", "value"))
 MAX_LENGTH = 48
 QUESTION_ORDER = ("library", "exception", "type", "section")
