@@ -151,13 +151,14 @@ def test_what_is_drawn_and_tabled_has_a_name():
 
 
 def test_curves_stand_where_the_numbers_are():
-    """x from the first to the last task, y from 0 to 100 downwards."""
+    """x from the first to the last task, y downwards, over the twenties that the values need."""
     text = render_html([result("ella")], title="t", notes={}, env=ENV)
     average, first, second = re.findall(r'<polyline points="([^"]*)" fill="none" stroke="#1f6feb"', text)
     places = [[tuple(map(float, point.split(","))) for point in line.split()] for line in (average, first)]
-    for points, values in zip(places, ((80, 80, 65), (80, 70, 50)), strict=True):
+    curves = (((80, 80, 65), 60, 80), ((80, 70, 50), 40, 100))  # 90 is in the other panel
+    for points, (values, least, most) in zip(places, curves, strict=True):
         assert [x for x, _ in points] == [38.0, 183.0, 328.0]
-        assert [round(y, 1) for _, y in points] == [round(12 + 162 * (1 - v / 100), 1) for v in values]
+        assert [round(y, 1) for _, y in points] == [round(12 + 162 * (most - v) / (most - least), 1) for v in values]
     assert len(second.split()) == 2
 
 

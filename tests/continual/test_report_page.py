@@ -150,3 +150,14 @@ def test_every_class_has_its_style():
     }
     # Names of figures and of grid lines, for tests and for who styles the page anew.
     assert {name for name in used if f".{name}" not in _STYLE} <= {"average", "forgetting", "carried", "grid"}
+
+
+def test_panels_share_the_axis_that_they_need():
+    """Values between 50 and 90: from 40 to 100 in all panels, and the highest below the top line."""
+    text = render_html([result(arm) for arm in ARMS], **OPTIONS)
+    panels = [part.partition("</figure>")[0] for part in text.split('class="forgetting"')[1:]]
+    assert [words for *_, words in texts(panels[0])[:5]] == ["40", "55", "70", "85", "100"]
+    assert len(panels) == 2 and texts(panels[1])[:5] == texts(panels[0])[:5]
+    lines = {float(y) for y in re.findall(r'class="grid"[^>]* y1="([^"]*)"', panels[0])}
+    points = [float(y) for panel in panels for y in re.findall(r'cy="([^"]*)"', panel)]
+    assert min(lines) < min(points) < max(points) < max(lines)

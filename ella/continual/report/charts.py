@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .blocks import Chart
 from .summary import Interference
 
-__all__ = ["COLORS", "OTHER_COLORS", "Line", "Look", "legend", "line_chart", "looks", "strip_chart"]
+__all__ = ["COLORS", "OTHER_COLORS", "Line", "Look", "legend", "line_chart", "looks", "percents", "strip_chart"]
 
 #: A method has the same colour in every report. All stand out from a white page and from a dark one.
 COLORS = {
@@ -83,7 +83,7 @@ def _stroke(look: Look) -> str:
 
 @dataclass(frozen=True)
 class _Plot:
-    """Where values stand: x from task ``first`` to ``last``, y from 0 to ``most``."""
+    """Where values stand: x from task ``first`` to ``last``, y from ``least`` to ``most``."""
 
     width: int
     height: int
@@ -91,6 +91,7 @@ class _Plot:
     bottom: int
     first: int
     last: int
+    least: float
     most: float
     right: int = 12
     top: int = 12
@@ -101,7 +102,7 @@ class _Plot:
         return self.left + (inside * (i - self.first) / span if span else inside / 2)
 
     def y(self, v: float) -> float:
-        return self.top + (self.height - self.top - self.bottom) * (1 - v / self.most)
+        return self.top + (self.height - self.top - self.bottom) * (1 - (v - self.least) / (self.most - self.least))
 
     def points(self, points: Sequence[tuple[int, float]]) -> str:
         return " ".join(f"{self.x(i):.1f},{self.y(v):.1f}" for i, v in points)
@@ -115,26 +116,28 @@ def line_chart(
     what: str,
     kind: str,
     first: int = 0,
-    most: float = 100.0,
+    within: tuple[float, float] = (0.0, 100.0),
     show: Callable[[float], str] = lambda v: f"{v:g}",
     small: bool = False,
 ) -> Chart:
-    """Values after every task from ``first`` on, from 0 to ``most``.
+    """Values after every task from ``first`` on, on an axis from the one to the other of ``within``.
 
     ``what`` says in words what is drawn, ``kind`` is the figure's class, ``show`` writes a value at the axis.
     ``small`` panels number the tasks (from 1) instead of naming them.
     """
     two_lines = not small and max(map(len, tasks)) > 4
     width, height, bottom = (236, 150, 24) if small else (340, 220, 46) if two_lines else (340, 202, 28)
-    left = 38 if most == 100 else 72
-    plot = _Plot(width, height, left, bottom, first, len(tasks) - 1, most or 1.0)
+    least, most = within
+    levels = [least + part * (most - least) for part in ((0, 0.25, 0.5, 0.75, 1) if not small else (0, 0.5, 1))]
+    left = 38 if max(len(show(level)) for level in levels) <= 4 else 72
+    plot = _Plot(width, height, left, bottom, first, len(tasks) - 1, least, most)
     marks = []
-    for part in (0, 0.25, 0.5, 0.75, 1) if not small else (0, 0.5, 1):
-        y = plot.y(part * plot.most)
+    for level in levels:
+        y = plot.y(level)
         marks.append(
             f'<line class="grid" x1="{left}" x2="{width - plot.right}" y1="{y:.1f}" y2="{y:.1f}" '
             'stroke="currentColor" stroke-opacity=".25"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{esc(show(part * plot.most))}</text>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{esc(show(level))}</text>'
         )
     marks += _task_names(plot, tasks, small, two_lines)
     # The widest line, ELLA's, lies under the others: it still shows beside one with the same values.
@@ -160,6 +163,19 @@ def line_chart(
         if line.points
     )
     return _figure(kind, caption, f"{what}: {ends}", width, height, marks)
+
+
+def percents(lines: Iterable[Line]) -> tuple[float, float]:
+    """The axis of lines in percent: as much of 0 to 100 as they need, in twenties.
+
+    >>> percents([Line("a", Look("red"), [(0, 51.0), (1, 38.5)])])
+    (20.0, 60.0)
+    """
+    values = [value for line in lines for points in (line.points, *line.single) for _, value in points]
+    if not values:
+        return 0.0, 100.0
+    least = min(20.0 * math.floor(min(values) / 20), 80.0)
+    return least, max(20.0 * math.ceil(max(values) / 20), least + 20)
 
 
 def _task_names(plot: _Plot, tasks: Sequence[str], small: bool, two_lines: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from itertools import chain
 from typing import Any
 
 from ella.config import EllaConfig
@@ -13,7 +14,7 @@ from ..arms import ARMS, OLD_NAMES
 from ..metrics import AccuracyMatrix
 from ..stream import StreamResult
 from .blocks import Block, Cell, Chart, Divider, Heading, Panels, Row, Table, Text
-from .charts import Line, Look, legend, line_chart, looks, strip_chart
+from .charts import Line, Look, legend, line_chart, looks, percents, strip_chart
 from .comparison import OURS, comparisons
 from .general import general_blocks
 from .published import FAMILIES, family_of, published_blocks
@@ -220,21 +221,30 @@ def _curves(
         )
         for arm in drawn
     ]
+    lines = [Line(summary[arm]["title"], look[arm], _known(averages[arm])) for arm in drawn]
     average = line_chart(
         "Average accuracy by number of tasks" if small else "Average accuracy so far",
-        [Line(summary[arm]["title"], look[arm], _known(averages[arm])) for arm in drawn],
+        lines,
         [str(i + 1) for i in range(len(tasks))] if small else tasks,
         what="mean accuracy over the tasks learned so far, after each task",
         kind="average",
+        within=percents(lines),
     )
+    curves = [
+        [_forgetting(arms[arm] if single else (), j, summary[arm], look[arm]) for arm in shown]
+        for j in range(len(tasks) - 1)
+    ]
+    # One axis for all panels: they are to be compared.
+    within = percents(chain.from_iterable(curves))
     panels = [
         line_chart(
             f"{j + 1}. {name}" if small else name,
-            [_forgetting(arms[arm] if single else (), j, summary[arm], look[arm]) for arm in shown],
+            curves[j],
             tasks,
             what=f"accuracy on {name} after each task",
             kind="forgetting",
             first=j,
+            within=within,
             small=small,
         )
         for j, name in enumerate(tasks[:-1])
@@ -327,7 +337,7 @@ def _costs(summary: Summary, look: Mapping[str, Look]) -> list[Block]:
             [str(i + 1) for i in range(length)],
             what="bytes carried after each task",
             kind="carried",
-            most=most,
+            within=(0.0, most),
             show=format_bytes,
         )
         blocks += [legend({arm: look[arm] for arm in carrying}, _titles(summary)), Panels([chart])]
