@@ -7,8 +7,9 @@ report of its own. A run that several of them hold, of the same order, label and
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,17 @@ def gather(out: Path, paths: Sequence[Path]) -> list[StreamResult]:
     results = _sorted(found)
     environments = [report["environment"] for report in reports]
     together = {
-        name: "; ".join(dict.fromkeys(environment[name] for environment in environments))
-        for name in ("command", "machine")
+        # Where a part was written is of no interest once it is gathered.
+        "command": _joined(re.sub(r" --out ('[^']*'|\S+)", "", env["command"]) for env in environments),
+        "machine": _joined(env["machine"] for env in environments),
     }
     write_report(out, results, title=reports[-1]["title"], notes=reports[-1]["notes"], env=environments[-1] | together)
     return results
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Each once, whatever was joined before."""
+    return "; ".join(dict.fromkeys(part for text in texts for part in text.split("; ")))
 
 
 def _check(found: Mapping[Key, StreamResult], result: StreamResult, path: Path) -> None:

@@ -29,14 +29,16 @@ def part(folder, command: str, *cells: tuple[str, int, float], tasks=("a", "b"),
 
 
 def test_parts_become_one_report(tmp_path):
-    first = part(tmp_path / "1", "first", ("ella", 0, 10.0), ("inclora", 0, 20.0))
+    first = part(tmp_path / "1", "first --out 'a b' --quiet", ("ella", 0, 10.0), ("inclora", 0, 20.0))
     second = part(tmp_path / "2", "second", ("inclora", 1, 40.0), ("ella", 0, 30.0), commits=["c1"])
     main([str(tmp_path / "all"), str(first), str(second)])
     report = json.loads((tmp_path / "all" / "report.json").read_text())
     assert report["arms"]["inclora"]["per_seed"]["OA"] == [20.0, 40.0]
     # What both hold is the last one's.
     assert report["arms"]["ella"]["per_seed"]["OA"] == [30.0]
-    assert report["environment"]["command"] == "first; second" and report["environment"]["machine"] == "a machine"
+    assert (
+        report["environment"]["command"] == "first --quiet; second" and report["environment"]["machine"] == "a machine"
+    )
     found = {(run["config"]["arm"], run["config"]["seed"]): run["commits"] for run in report["runs"]}
     assert found == {("ella", 0): ["c1"], ("inclora", 0): ["c0"], ("inclora", 1): ["c1"]}
     assert "commit c1, c0" in (tmp_path / "all" / "report.md").read_text()
