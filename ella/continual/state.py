@@ -52,12 +52,15 @@ class Saved(Protocol):
 class StreamState:
     """The state folder of one run, described by ``run`` (settings, model, task fingerprints; plain json).
 
+    ``defaults`` is what a setting stood at before there was a choice: a run that was saved without it goes on.
+
     Raises ValueError from :meth:`load` when the folder holds another run: the message lists what differs.
     """
 
-    def __init__(self, folder: str | Path, run: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, run: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self.run = json.loads(json.dumps(run))
+        self._defaults = json.loads(json.dumps(defaults or {}))
         self._current: str | None = None
 
     def running(self) -> AbstractContextManager[None]:
@@ -78,7 +81,7 @@ class StreamState:
         saved = self._progress()
         if saved is None:
             return None
-        differing = _differences(saved["run"], self.run)
+        differing = _differences(_completed(saved["run"], self._defaults), self.run)
         if differing:
             raise ValueError(
                 f"{self.folder} holds another run; differing: {'; '.join(differing[:8])}. "
@@ -211,6 +214,12 @@ def _is_own(path: Path) -> bool:
 
 def _adapter_parameters(model: Any, adapter_name: str) -> dict[str, Any]:
     return {name: p for name, p in model.named_parameters() if f".{adapter_name}." in name and "lora_" in name}
+
+
+def _completed(saved: Any, defaults: Any) -> Any:
+    if not isinstance(saved, dict) or not isinstance(defaults, dict):
+        return saved
+    return defaults | {key: _completed(value, defaults.get(key)) for key, value in saved.items()}
 
 
 def _differences(saved: Any, now: Any, where: str = "") -> list[str]:

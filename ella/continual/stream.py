@@ -101,19 +101,14 @@ class StreamConfig:
 
     def shared(self) -> dict[str, Any]:
         """The settings of all methods."""
-        own = ["arm", "label", "order", "settings", "ella", "general"]
-        if self.lr_scheduler_type == "constant":
-            # Runs that were saved before there was a choice go on.
-            own.append("lr_scheduler_type")
+        own = ("arm", "label", "order", "settings", "ella", "general")
         return {name: value for name, value in self.to_dict().items() if name not in own}
 
     def identity(self) -> dict[str, Any]:
         """The settings that this run's numbers depend on."""
         return (
             self.shared()
-            | {"arm": self.arm}
-            # Runs that were saved before there was any go on without.
-            | ({"general": asdict(self.general)} if self.general else {})
+            | {"arm": self.arm, "general": asdict(self.general) if self.general else None}
             | arm_class(self.arm).identity(*arm_settings(self.arm, self.settings, self.ella))
         )
 
@@ -228,7 +223,7 @@ def run_stream(
     known = untrained, general_before
     if out_dir is None:
         return _run_tasks(classifier, tasks, config, None, first, known, progress, tracker, on_task_end)
-    state = StreamState(out_dir, run)
+    state = StreamState(out_dir, run, {"config": StreamConfig(arm=config.arm).identity()})
     with state.running():
         return _run_tasks(classifier, tasks, config, state, first, known, progress, tracker, on_task_end)
 

@@ -174,7 +174,7 @@ def test_an_encoder_is_refused(lm_eval, bert):
 
 
 def test_settings():
-    assert "general" not in StreamConfig().identity() and "general" not in CONFIG.shared()
+    assert StreamConfig().identity()["general"] is None and "general" not in CONFIG.shared()
     data = {"tasks": {"folders": ["a"]}, "arms": ["ella", {"arm": "ella", "as": "b", "epochs": 2}]}
     spec = parse_spec({**data, "general": {"tasks": ["piqa"], "limit": 3}})
     assert [arm.general for arm in spec.arms] == [General(("piqa",), 3)] * 2

@@ -165,3 +165,24 @@ def test_another_run_in_the_folder_is_refused(tmp_path, bert):
     refused(r"order was \['things', 'beings'\], now \['beings', 'things'\]", tasks=tasks[::-1])
     refused("tasks.beings was", tasks=[tasks[0], tasks[1].subset(train=6)])
     assert (tmp_path / "progress.json").read_bytes() == before
+
+
+def test_a_run_saved_before_there_was_a_choice_goes_on(tmp_path, bert):
+    def run(**changes):
+        classifier = build_classifier(bert, lora=LoraSettings(r=4, alpha=8))
+        return run_stream(classifier, tasks, StreamConfig(batch_size=8, **changes), tmp_path, progress=False)
+
+    tasks = tiny.two_tasks(n_train=8, n_test=4)
+    first = run().matrix.rows
+    path = tmp_path / "progress.json"
+    saved = json.loads(path.read_text())
+    for name in ("lr_scheduler_type", "general"):
+        del saved["run"]["config"][name]
+    del saved["run"]["config"]["ella"]["penalty_energies"]
+    path.write_text(json.dumps(saved))
+    assert run().matrix.rows == first
+    # As it stood then, and not otherwise.
+    with pytest.raises(ValueError, match=r"config.lr_scheduler_type was 'constant', now 'linear'"):
+        run(lr_scheduler_type="linear")
+    with pytest.raises(ValueError, match=r"config.ella.penalty_energies was True, now False"):
+        run(ella=EllaConfig(penalty_energies=False))
