@@ -29,7 +29,8 @@ class EllaConfig:
         ella_lambda: strength λ ≥ 0 of ``task loss + λ · reduce(P)``. What a number means depends on ``reduction``,
             ``include_scaling`` and ``normalize``: published strengths differ in all three. "auto" sets it anew after
             every task, to :data:`AUTO_LAMBDA` ``· N / E²``, ``E = Σ_layers ‖W_past‖_F²`` and ``N`` the number of its
-            coordinates: a strength that does not depend on rank, scaling, learning rate and width.
+            coordinates: a strength that does not depend on rank, scaling, learning rate and width. With the spectral
+            penalty to :data:`AUTO_LAMBDA` ``· N / (E · Σ_layers ‖W_past‖_*²)``, the nuclear norm: as strong by chance.
         penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026) or "spectral", the projected norm.
         past_rank: cap on the components stored per layer; the past is exact until it is reached.
         penalty_rank: components the penalty uses, the rest entering by its row and column energies; None uses all.

@@ -20,7 +20,7 @@ from .linear_layers import LinearLayers, gradients
 from .lora import AdaptedLayer
 from .past import FoldReport
 from .sharded import ShardedPenalty
-from .terms import Operands, Term, Terms
+from .terms import Operands, Size, Term, Terms
 
 __all__ = ["EllaRegularizer"]
 
@@ -102,7 +102,7 @@ class EllaRegularizer:
                 "per optimizer step, after zero_grad() and before clipping"
             )
         operands = self._operands()
-        return self._call(self._evaluate, operands).sum() * self._weight(operands.energy)
+        return self._call(self._evaluate, operands).sum() * self._weight(operands.size)
 
     @torch.no_grad()
     def add_gradient_(self, scale: float | Tensor = 1.0) -> Tensor:
@@ -124,7 +124,7 @@ class EllaRegularizer:
         if engine == "FSDP2":
             return self._sharded.add_gradient_(self._finished.past, add_, self._weight, scale)
         operands = self._operands()
-        weight = self._weight(operands.energy)
+        weight = self._weight(operands.size)
         parameters = self._linear.trainable(self.adapter)
         if parameters is not None:
             into, n = gradients(parameters), len(self._penalised)
@@ -148,7 +148,7 @@ class EllaRegularizer:
             pair = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in layer.parameters()]
             grads.append(layer.factors(*pair))
             found.update({p: g for p, g in zip(layer.parameters(), pair, strict=True) if p.requires_grad})
-        weight = self._weight(operands.energy)
+        weight = self._weight(operands.size)
         value = self._add(operands, grads, weight) * weight
         return value, list(found), list(found.values())
 
@@ -186,16 +186,16 @@ class EllaRegularizer:
     def strength(self) -> float:
         """λ as it is now: a number for "auto" too, 0 before the first task has ended."""
         is_sharded = self._spread() == "FSDP2"
-        return self._lambda(self._sharded.energy(self._finished.past) if is_sharded else self._operands().energy)
+        return self._lambda(self._sharded.size(self._finished.past) if is_sharded else self._operands().size)
 
-    def _weight(self, energy: float) -> float:
-        """What ``ΣP`` is multiplied by, where ``energy`` is ``Σ ‖W_past‖_F²``."""
-        return self._lambda(energy) / (len(self._penalised) if self.config.reduction == "mean" else 1)
+    def _weight(self, past: Size) -> float:
+        """What ``ΣP`` is multiplied by."""
+        return self._lambda(past) / (len(self._penalised) if self.config.reduction == "mean" else 1)
 
-    def _lambda(self, energy: float) -> float:
+    def _lambda(self, past: Size) -> float:
         if not isinstance(self.config.ella_lambda, str):
             return self.config.ella_lambda
-        return AUTO_LAMBDA * self._size / energy**2 if energy else 0.0
+        return AUTO_LAMBDA * self._size / (past.energy * past.by_chance) if past.by_chance else 0.0
 
     def _evaluate(self, terms: list[Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
         return self._penalties(a, b, [t.past for t in terms], [t.scaling for t in terms])

@@ -19,7 +19,7 @@ import ella_kernels as ek
 from .distributed import Rows, refuse_tensor_parallel
 from .lora import AdaptedLayer
 from .past import Past
-from .terms import KEPT, Term, Terms
+from .terms import KEPT, Size, Term, Terms
 
 __all__ = ["ShardedPenalty"]
 
@@ -38,7 +38,7 @@ class _LocalTerm(NamedTuple):
     rank: int
     is_kept: bool
     scaling: float
-    energy: float = 0.0
+    size: Size = Size()
 
 
 class ShardedPenalty:
@@ -49,10 +49,10 @@ class ShardedPenalty:
         self._rows: tuple[Sequence[Tensor], Rows] | None = None
         self._terms: tuple[tuple, list[_LocalTerm]] | None = None
 
-    def energy(self, past: Past) -> float:
-        """``Σ ‖W_past‖_F²`` of all rows, where the strength depends on it."""
+    def size(self, past: Past) -> Size:
+        """That of all rows, where the strength depends on it."""
         _, terms = self._current(past)
-        return math.fsum(term.energy for term in terms)
+        return Size.of(term.size for term in terms)
 
     @torch.no_grad()
     def values(self, past: Past, compute: Compute) -> tuple[list[int], Tensor]:
@@ -68,14 +68,14 @@ class ShardedPenalty:
 
     @torch.no_grad()
     def add_gradient_(
-        self, past: Past, add_: Callable[..., Tensor], weight_of: Callable[[float], float], scale: float | Tensor
+        self, past: Past, add_: Callable[..., Tensor], weight_of: Callable[[Size], float], scale: float | Tensor
     ) -> Tensor:
         """Add ``scale · w · ∂ΣP`` to ``.grad``, made where it is missing; returns ``w · ΣP``, 0-dim.
 
-        ``w`` is ``weight_of(Σ ‖W_past‖_F²)``.
+        ``w`` is ``weight_of`` the size of all rows.
         """
         rows, terms = self._current(past)
-        own_weight = weight_of(math.fsum(term.energy for term in terms))
+        own_weight = weight_of(Size.of(term.size for term in terms))
         weight = own_weight * scale
         if all(term.past is None for term in terms):
             return torch.zeros((), device=rows.device)
@@ -184,7 +184,7 @@ def _local(rows: Rows, term: Term, n_rows: int, is_kept: bool) -> _LocalTerm:
     # Copies: the whole factors may go.
     right = right.clone() if is_kept else right[rows.of(rank)].clone()
     past = ek.LowRank(left[own].clone(), right, row_energy, col_energy)
-    return _LocalTerm(term.layer, term.part, past, rank, is_kept, term.scaling, term.energy)
+    return _LocalTerm(term.layer, term.part, past, rank, is_kept, term.scaling, term.size)
 
 
 def _projected(

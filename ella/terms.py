@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -17,30 +17,47 @@ from .linear_layers import LinearLayers
 from .lora import AdaptedLayer
 from .past import Past, add_energies
 
-__all__ = ["KEPT", "Operands", "Term", "Terms"]
+__all__ = ["KEPT", "Operands", "Size", "Term", "Terms"]
 
 # Bytes of what a step reads of the past, in all layers, up to which a rank that holds parts keeps it whole.
 KEPT = 2**28
 
 
+class Size(NamedTuple):
+    """How large a past is: ``energy`` is ``‖W_past‖_F²``, ``by_chance`` the mean of ``P`` over random updates.
+
+    Their entries are independent with variance 1. For the Hadamard penalty the two are one; for the spectral
+    ``by_chance`` is ``‖L‖_F²·‖R‖_F²``, the square of the nuclear norm.
+    """
+
+    energy: float = 0.0
+    by_chance: float = 0.0
+
+    @classmethod
+    def of(cls, sizes: Iterable[Size]) -> Size:
+        """That of several layers together."""
+        columns = list(zip(*sizes, strict=True))
+        return cls(*map(math.fsum, columns)) if columns else cls()
+
+
 class Term(NamedTuple):
     """One ``P``: a part of a layer against its past, ``scaling`` with every convention of the config in it.
 
-    ``energy`` is its share of ``‖W_past‖_F²``, 0 where no convention asks for that.
+    ``size`` is that of its past, 0 where no convention asks for it.
     """
 
     layer: int
     part: int
     past: ek.LowRank | None
     scaling: float
-    energy: float = 0.0
+    size: Size = Size()
 
 
 class Operands(NamedTuple):
     """All terms as long as the stored past is where and what ``key`` says, and what the kernels take of them as lists.
 
     ``stored`` are the factors it says it of, whose memory is held so that no other past can come to lie there;
-    ``energy`` is ``Σ ‖W_past‖_F²``, where a convention asks for it.
+    ``size`` is that of all pasts, where a convention asks for it.
     """
 
     key: tuple
@@ -48,7 +65,7 @@ class Operands(NamedTuple):
     terms: list[Term]
     pasts: list[ek.LowRank | None]
     scalings: list[float]
-    energy: float
+    size: Size
 
 
 class Terms:
@@ -92,8 +109,8 @@ class Terms:
 
     def _make(self, past: Past, key: tuple, stored: list[Tensor]) -> Operands:
         terms = [term for i in range(len(self.layers)) for term in self.of_layer(past, i)]
-        energy = math.fsum(term.energy for term in terms)
-        return Operands(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms], energy)
+        size = Size.of(term.size for term in terms)
+        return Operands(key, stored, terms, [t.past for t in terms], [t.scaling for t in terms], size)
 
     def of_layer(self, past: Past, index: int) -> list[Term]:
         """The terms of one layer, from whole factors."""
@@ -102,10 +119,10 @@ class Terms:
         pasts = past.parts(layer)
         if pasts is None:
             return [Term(index, part, None, scaling) for part in range(layer.n_parts)]
-        wants_energy = self.config.normalize is not None or self.config.ella_lambda == "auto"
-        energies = [_squared_norm(past) if wants_energy else 0.0 for past in pasts]
+        wants_size = self.config.normalize is not None or self.config.ella_lambda == "auto"
+        sizes = [_size(past, self.config.penalty) if wants_size else Size() for past in pasts]
         if self.config.normalize == "rms":
-            mean_square = sum(energies) / (layer.shape[0] * layer.shape[1] * len(pasts))
+            mean_square = sum(size.energy for size in sizes) / (layer.shape[0] * layer.shape[1] * len(pasts))
             if mean_square == 0:
                 return [Term(index, part, None, scaling) for part in range(len(pasts))]
             scaling /= math.sqrt(mean_square)
@@ -113,14 +130,18 @@ class Terms:
             pasts = [_keep(past, self.config.penalty_rank) for past in pasts]
         if not self.config.penalty_energies:
             pasts = [ek.LowRank(past.left, past.right) for past in pasts]
-        return [Term(index, part, past, scaling, energies[part]) for part, past in enumerate(pasts)]
+        return [Term(index, part, past, scaling, sizes[part]) for part, past in enumerate(pasts)]
 
 
-def _squared_norm(past: ek.LowRank) -> float:
-    """``‖W_past‖_F²`` with what was dropped, in float64."""
+def _size(past: ek.LowRank, penalty: str) -> Size:
+    """With what was dropped, where the penalty sees it, in float64."""
     left, right = past.left.double(), past.right.double()
-    total = ((left.mT @ left) * (right @ right.mT)).sum().item()
-    return total if past.row_energy is None else total + past.row_energy.double().sum().item()
+    energy = ((left.mT @ left) * (right @ right.mT)).sum().item()
+    if past.row_energy is not None:
+        energy += past.row_energy.double().sum().item()
+    if penalty == "spectral":
+        return Size(energy, (left.square().sum() * right.square().sum()).item())
+    return Size(energy, energy)
 
 
 def _keep(past: ek.LowRank, rank: int) -> ek.LowRank:

@@ -63,6 +63,23 @@ def test_auto_is_a_strength_relative_to_the_past(penalty_rank):
     assert EllaConfig.from_dict(reg.config.to_dict()) == reg.config
 
 
+def test_auto_is_as_strong_by_chance_with_the_spectral_penalty():
+    """A random update as large as the past adds AUTO_LAMBDA: with ``P = s²‖LᵀΔW Rᵀ‖²`` on average (ΣS)² a layer."""
+    _, reg, total = model_with_past(EllaConfig(penalty="spectral"), **EXPERTS)
+    weights = [w for layer in reg.layers if layer.tied_to is None for w in total[layer.name]]
+    energy, size = sum(w.square().sum() for w in weights).item(), sum(w.numel() for w in weights)
+    by_chance = sum(torch.linalg.svdvals(w).sum().square() for w in weights).item()
+    assert by_chance > 2 * energy  # not one component
+    assert reg.strength() == pytest.approx(AUTO_LAMBDA * size / (energy * by_chance), rel=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    w = weights[0].double()
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    left, right = u * s.sqrt(), s.sqrt().unsqueeze(-1) * vh
+    draws = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for _ in range(400)]
+    mean = sum((left.mT @ draw @ right.mT).square().sum() for draw in draws).item() / len(draws)
+    assert mean == pytest.approx(s.sum().square().item(), rel=0.1)
+
+
 def test_auto_before_the_first_task():
     reg = EllaRegularizer(tiny(targets=["up"]))
     assert reg.config.ella_lambda == "auto" and reg.strength() == 0.0
