@@ -1,4 +1,4 @@
-"""One report of the runs of several: ``python -m bench.gather OUT REPORT.json ...``.
+"""One report of the runs of several: ``python -m bench.gather OUT REPORT.json ... [--orders A,B] [--seeds 0,1]``.
 
 A grid that takes longer than a machine is had for is run in parts (``ella run --seeds``, ``--only``), each with a
 report of its own. A run that several of them hold, of the same order, label and seed, is taken from the last.
@@ -6,9 +6,9 @@ report of its own. A run that several of them hold, of the same order, label and
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ __all__ = ["gather", "main"]
 Key = tuple[str, str, int]
 
 
-def gather(out: Path, paths: Sequence[Path]) -> list[StreamResult]:
-    """Write the report of all runs in ``paths`` into the folder ``out``; returns them, by order, label and seed.
+def gather(
+    out: Path, paths: Sequence[Path], orders: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+) -> list[StreamResult]:
+    """Write the report of all runs in ``paths`` into the folder ``out``; returns them, by order, seed and label.
 
+    ``orders`` and ``seeds`` choose some of them; None takes all.
     The title, notes and versions are those of the last; commands and machines those of all. Raises ValueError for runs
     of one order over other tasks, and for runs of one order and label with other settings.
     """
@@ -34,11 +37,15 @@ def gather(out: Path, paths: Sequence[Path]) -> list[StreamResult]:
     for path, report in zip(paths, reports, strict=True):
         for run in report["runs"]:
             result = StreamResult.from_dict(run)
+            if (orders and result.config["order"] not in orders) or (seeds and result.seed not in seeds):
+                continue
             # Older reports say of all runs together at which commit they were made.
             commit = report["environment"].get("commit")
             result.commits = result.commits or ([commit] if commit else [])
             found[result.config["order"], result.arm, result.seed] = result
             _check(found, result, path)
+    if not found:
+        raise ValueError(f"no runs of orders {orders} and seeds {seeds} in {[str(path) for path in paths]}")
     results = _sorted(found)
     environments = [report["environment"] for report in reports]
     together = {
@@ -82,9 +89,14 @@ def _sorted(found: Mapping[Key, StreamResult]) -> list[StreamResult]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    out, *paths = sys.argv[1:] if arguments is None else arguments
-    results = gather(Path(out), [Path(path) for path in paths])
-    print(f"{out}: {len(results)} runs of {len(paths)} reports")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json")
+    parser.add_argument("--orders", type=lambda text: text.split(","))
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    given = parser.parse_args(arguments)
+    results = gather(given.out, given.reports, given.orders, given.seeds)
+    print(f"{given.out}: {len(results)} runs of {len(given.reports)} reports")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ def test_parts_become_one_report(tmp_path):
     found = {(run["config"]["arm"], run["config"]["seed"]): run["commits"] for run in report["runs"]}
     assert found == {("ella", 0): ["c1"], ("inclora", 0): ["c0"], ("inclora", 1): ["c1"]}
     assert "commit c1, c0" in (tmp_path / "all" / "report.md").read_text()
+    main([str(tmp_path / "some"), str(first), str(second), "--seeds", "0", "--orders", "o"])
+    runs = json.loads((tmp_path / "some" / "report.json").read_text())["runs"]
+    assert sorted(run["config"]["arm"] for run in runs) == ["ella", "inclora"]
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):
@@ -54,6 +57,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         gather(tmp_path / "all", [first, slower])
     with pytest.raises(ValueError, match=r"at least one report\.json"):
         gather(tmp_path / "all", [])
+    with pytest.raises(ValueError, match=r"no runs of orders \['long-4'\] and seeds None"):
+        gather(tmp_path / "all", [first], ["long-4"])
     assert not (tmp_path / "all").exists()
 
 

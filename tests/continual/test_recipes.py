@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from ella.continual.arms import ARMS
 from ella.continual.spec import load_spec
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "continual").glob("*.yaml"))
 
 
 def test_there_are_some():
-    assert {path.stem for path in RECIPES} == {"standard", "long", "t5-large", "llama-3.1-8b"}
+    assert {path.stem for path in RECIPES} == {"standard", "long", "methods", "t5-large", "llama-3.1-8b"}
+
+
+def test_the_recipe_of_all_methods_has_all():
+    (path,) = [path for path in RECIPES if path.stem == "methods"]
+    assert {arm.arm for arm in load_spec(path).arms} == set(ARMS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
