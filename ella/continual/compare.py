@@ -376,5 +376,6 @@ def _scores(result: StreamResult) -> str:
     if result.config["arm"] == "alone":
         own = [row[j] for j, row in enumerate(matrix.rows)]
         return f"mean accuracy {math.fsum(own) / len(own):.1f}"
-    bwt = "" if len(matrix.tasks) == 1 else f", BWT {matrix.backward_transfer():+.1f}"
-    return f"OA {matrix.overall_accuracy():.1f}{bwt}"
+    # One task, or all at once: there is nothing before.
+    bwt = matrix.backward_transfer()
+    return f"OA {matrix.overall_accuracy():.1f}" + ("" if math.isnan(bwt) else f", BWT {bwt:+.1f}")

@@ -91,9 +91,10 @@ def test_a_second_call_takes_what_is_there(compare):
     assert second[0].to_dict() == first[0].to_dict() and second[1].arm == "ella"
 
 
-def test_the_reference_arm_alone_and_one_task_alone(compare):
-    _, text = compare(("alone",))
+def test_the_references_alone_and_one_task_alone(compare):
+    _, text = compare(("alone", "joint"))
     assert "an adapter per task, seed 0: mean accuracy" in text and "nan" not in text
+    assert re.search(r"joint training, seed 0: OA \d+\.\d; 2 of 2", text)
     (compare.folder / "again").mkdir()
     _, text = compare(("inclora",), (7,), lambda seed: tiny.two_tasks(n_train=8, n_test=8)[:1])
     assert "seed 7: OA" in text and "nan" not in text
