@@ -18,7 +18,7 @@ __all__ = ["REPORTS", "section"]
 #: Heading and folder of every report that the README shows: report.json, and report.md to read.
 REPORTS = (
     ("Standard orders 1 to 3, 1000 training examples a task", "continual_standard"),
-    ("Order 4, the 12 of its 15 tasks that were at hand, 400 training examples a task", "continual_long"),
+    ("Orders 4 and 6, the 12 of their 15 tasks that were at hand, 400 training examples a task", "continual_long"),
     ("Every method, order 1, 1000 training examples a task", "continual_methods"),
     ("`make demo`: four questions about installed code, 600 training examples each", "continual_demo"),
 )
