@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ella.continual.compare import share_alone
 from ella.continual.report import write_report
 from ella.continual.stream import StreamResult
 
@@ -47,6 +48,7 @@ def gather(
     if not found:
         raise ValueError(f"no runs of orders {orders} and seeds {seeds} in {[str(path) for path in paths]}")
     results = _sorted(found)
+    share_alone(results)
     environments = [report["environment"] for report in reports]
     together = {
         # Where a part was written is of no interest once it is gathered.

@@ -32,7 +32,7 @@ from .tasks import AnyTask
 from .tracking import Tracker, check_integrations, make_stores
 from .workers import Failure, in_processes, prepare_process
 
-__all__ = ["Cell", "CellsFailed", "Source", "check_arms", "check_cells", "compare_arms", "run_cells"]
+__all__ = ["Cell", "CellsFailed", "Source", "check_arms", "check_cells", "compare_arms", "run_cells", "share_alone"]
 
 #: What is wrong with a whole file system: no other run could be written either.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -276,12 +276,7 @@ class _Grid:
 
     def results(self) -> list[StreamResult]:
         """What is done, in the cells' order, each with the scores of training alone where those are known."""
-        alone: dict[tuple[str, int], list[float]] = {}
-        for result in self.done.values():
-            if result.config["arm"] == "alone":
-                alone[result.config["order"], result.seed] = [row[j] for j, row in enumerate(result.matrix.rows)]
-        for result in self.done.values():
-            result.matrix.alone = alone.get((result.config["order"], result.seed))
+        share_alone(list(self.done.values()))
         return [self.done[index] for index in sorted(self.done)]
 
     def finish(self) -> list[StreamResult]:
@@ -330,6 +325,17 @@ def _worker(source: Source, threads: int, report_to: Sequence[str]) -> Callable[
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a process that is ended leaves behind
     return lambda item: _run_cell(source, item, source.build, report_to, progress=False)
+
+
+def share_alone(results: Sequence[StreamResult]) -> None:
+    """Give all results the scores of training alone that one of the same order and seed has."""
+    alone = {
+        (result.config["order"], result.seed): [row[j] for j, row in enumerate(result.matrix.rows)]
+        for result in results
+        if result.config["arm"] == "alone"
+    }
+    for result in results:
+        result.matrix.alone = alone.get((result.config["order"], result.seed))
 
 
 def _file_name(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -60,6 +61,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no runs of orders \['long-4'\] and seeds None"):
         gather(tmp_path / "all", [first], ["long-4"])
     assert not (tmp_path / "all").exists()
+
+
+def test_training_alone_is_known_to_all_parts(tmp_path):
+    first = part(tmp_path / "1", "x", ("ella", 0, 50.0), ("ella", 1, 50.0))
+    alone = part(tmp_path / "2", "x", ("alone", 0, 40.0))
+    found = {(r.arm, r.seed): r.matrix.forward_transfer_learning() for r in gather(tmp_path / "all", [first, alone])}
+    assert found["ella", 0] == 10.0 and math.isnan(found["ella", 1])
 
 
 def test_a_field_newer_than_a_run_is_no_difference(tmp_path):
