@@ -47,17 +47,16 @@ class ShardedPenalty:
     def __init__(self, layers: Sequence[AdaptedLayer], terms: Terms) -> None:
         self.layers, self._whole_terms = layers, terms
         self._rows: tuple[Sequence[Tensor], Rows] | None = None
-        self._terms: tuple[tuple, list[_LocalTerm]] | None = None
+        self._terms: tuple[tuple, list[_LocalTerm], Size] | None = None
 
     def size(self, past: Past) -> Size:
         """That of all rows, where the strength depends on it."""
-        _, terms = self._current(past)
-        return Size.of(term.size for term in terms)
+        return self._current(past)[2]
 
     @torch.no_grad()
     def values(self, past: Past, compute: Compute) -> tuple[list[int], Tensor]:
         """Each term's layer, and ``(n_terms,)`` values by ``compute(As, Bs, pasts, scalings)``, on every rank."""
-        rows, terms = self._current(past)
+        rows, terms, _ = self._current(past)
         a, b, pasts = self._operands(rows, terms)
         scalings = [term.scaling for term in terms]
         if self._is_spectral:
@@ -74,11 +73,11 @@ class ShardedPenalty:
 
         ``w`` is ``weight_of`` the size of all rows.
         """
-        rows, terms = self._current(past)
-        own_weight = weight_of(Size.of(term.size for term in terms))
-        weight = own_weight * scale
+        rows, terms, size = self._current(past)
         if all(term.past is None for term in terms):
             return torch.zeros((), device=rows.device)
+        own_weight = weight_of(size)
+        weight = own_weight * scale
         a, b, pasts = self._operands(rows, terms)
         parameters = [layer.parameters() for layer in self.layers]
         of_a = [rows.padded(p.shape[0], math.prod(p.shape[1:]), _wide(p)) for p, _ in parameters]
@@ -140,7 +139,7 @@ class ShardedPenalty:
         pairs = [factors[term.layer][term.part] for term in terms]
         return [a for a, _ in pairs], [b for _, b in pairs], pasts
 
-    def _current(self, past: Past) -> tuple[Rows, list[_LocalTerm]]:
+    def _current(self, past: Past) -> tuple[Rows, list[_LocalTerm], Size]:
         parameters = [p for layer in self.layers for p in layer.parameters()]
         if self._rows is not None and all(p is q for p, q in zip(parameters, self._rows[0], strict=True)):
             rows = self._rows[1]
@@ -156,8 +155,9 @@ class ShardedPenalty:
             *map(id, stored),
         )
         if self._terms is None or self._terms[0] != key:
-            self._terms = key, self._localised(rows, past)
-        return rows, self._terms[1]
+            terms = self._localised(rows, past)
+            self._terms = key, terms, Size.of(term.size for term in terms)
+        return rows, *self._terms[1:]
 
     def _localised(self, rows: Rows, past: Past) -> list[_LocalTerm]:
         """This rank's part of all terms; one layer at a time is whole, but for ``right`` factors that are kept."""

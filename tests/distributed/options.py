@@ -185,7 +185,7 @@ def work(folder):
     model, reg = with_past("llama")
     shard(model)
     reg.add_gradient_()
-    _, terms = reg._sharded._terms
+    _, terms, _ = reg._sharded._terms
     return sum(t.past.left.shape[0] for t in terms), sum(layer.shape[0] for layer in reg.layers)
 
 
