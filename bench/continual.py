@@ -44,7 +44,7 @@ def section(folder: Path) -> str:
         compared = [{key: NAN if value is None else value for key, value in found.items()} for found in compared]
         lines += [
             f"`{environment['command']}`: MiniLM (22M), LoRA r = 8 on query and value, {environment['machine']}, "
-            f"commit {_commits(report)}; "
+            f"commit {environment.get('commit') or 'not recorded'}; "
             f"matrices, costs and every seed in [{name}/report.md](bench/results/{name}/report.md).",
             "",
             *table(("method", *orders, "seeds"), _rows(orders)),
@@ -54,12 +54,6 @@ def section(folder: Path) -> str:
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _commits(report: Mapping[str, Any]) -> str:
-    """Those of the runs, which may be older than their report."""
-    commits = dict.fromkeys(commit for run in report["runs"] for commit in run.get("commits", ()))
-    return ", ".join(commits) or report["environment"].get("commit") or "not recorded"
 
 
 def _rows(orders: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

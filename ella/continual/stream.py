@@ -207,7 +207,7 @@ def run_stream(
     if past_of(classifier.model, classifier.adapter_name) is not None:
         raise ValueError("the classifier already carries a past; build a fresh one for every run")
 
-    run = {
+    run: dict[str, Any] = {
         "config": config.identity(),
         "model": classifier.describe(),
         "tasks": {task.name: task.fingerprint() for task in tasks},
@@ -215,7 +215,7 @@ def run_stream(
     }
     if tracker:
         called = {"label": config.name, "order": config.order, "tasks": names}
-        tracker.describe(config.identity() | called | {"model": run["model"]})
+        tracker.describe(run["config"] | called | {"model": run["model"]})
     first = None
     if first_dir is not None and arm_class(config.arm).begins_plain:
         begun = {"config": config.shared(), "model": run["model"], "first": tasks[0].fingerprint()}
@@ -268,8 +268,7 @@ def _run_tasks(
 
     if tracker and not finished:
         tracker.begin(classifier.model, sum(task["steps"] for task in result.tasks))
-    commit = source_commit()
-    if commit and commit not in result.commits and not finished:
+    if not finished and (commit := source_commit()) and commit not in result.commits:
         result.commits.append(commit)
     for index in range(len(result.tasks), len(tasks)):
         task = tasks[index]

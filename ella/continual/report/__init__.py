@@ -45,15 +45,18 @@ def write_report(
 
     ``notes`` are shown as rows of facts (data, model, strength); ``env`` is what
     :func:`~ella.continual.environment.environment` gave. Results of one order of tasks stand under "arms" in the json,
-    those of several under "orders", each with its "arms".
+    those of several under "orders", each with its "arms". The commit is that of the runs, where they know theirs: they
+    may be older than the report.
     """
+    commits = dict.fromkeys(commit for result in results for commit in result.commits)
+    env = dict(env) | ({"commit": ", ".join(commits)} if commits else {})
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     json_path, html_path = out / "report.json", out / "report.html"
     data = {
         "title": title,
         "notes": dict(notes),
-        "environment": dict(env),
+        "environment": env,
         **_numbers(results),
         "runs": [result.to_dict() for result in results],
     }

@@ -386,15 +386,10 @@ def _facts(notes: Mapping[str, str], env: Mapping[str, Any], results: Sequence[S
         **{f"set for {title_of(arm)}": _listed(found) for arm, found in settings.items() if found},
         "machine": env["machine"],
         "system": f"{env['system']}, Python {env['python']}",
-        "versions": _listed(env["versions"]) + (f"; commit {_commits(env, results)}" if env.get("commit") else ""),
+        "versions": _listed(env["versions"]) + (f"; commit {env['commit']}" if env.get("commit") else ""),
     }
     facts: list[Row | Divider] = [Row(str(name), [Cell(str(value))]) for name, value in rows.items()]
     return Table("", [], [*facts, Row("command", [Cell(env["command"], kind="code")])], kind="facts")
-
-
-def _commits(env: Mapping[str, Any], results: Sequence[StreamResult]) -> str:
-    """Those of the runs, which may be older than the report."""
-    return ", ".join(dict.fromkeys(commit for r in results for commit in r.commits)) or env["commit"]
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:
