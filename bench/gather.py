@@ -11,10 +11,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ella.continual.compare import share_alone
 from ella.continual.report import write_report
+from ella.continual.state import completed, differences
 from ella.continual.stream import StreamResult
 
 __all__ = ["gather", "main"]
@@ -71,17 +71,13 @@ def _check(found: Mapping[Key, StreamResult], result: StreamResult, path: Path) 
             continue
         if other.matrix.tasks != result.matrix.tasks:
             raise ValueError(f"{path}: {result.arm} ran over {result.matrix.tasks}, others over {other.matrix.tasks}")
-        differing = _differing(other.config, result.config) if other.arm == result.arm else {}
+        if other.arm != result.arm:
+            continue
+        # A field that is newer than a run is no difference.
+        one, two = (config | {"seed": None} for config in (other.config, result.config))
+        differing = differences(completed(one, two), completed(two, one))
         if differing:
-            raise ValueError(f"{path}: {result.arm} has settings of its own, {differing}; expected one for all seeds")
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """What both name and set differently; fields that are newer than a run are not in it."""
-    names = (one.keys() & other.keys()) - {"seed"}
-    nested = {name for name in names if isinstance(one[name], dict) and isinstance(other[name], dict)}
-    found = {name: _differing(one[name], other[name]) for name in nested}
-    return {k: v for k, v in found.items() if v} | {k: other[k] for k in names - nested if one[k] != other[k]}
+            raise ValueError(f"{path}: {result.arm} is not of one setting: {'; '.join(differing)}")
 
 
 def _sorted(found: Mapping[Key, StreamResult]) -> list[StreamResult]:

@@ -22,15 +22,14 @@ from .docstrings import docstring_tasks
 from .general import General
 from .models import LoraSettings, build_classifier
 from .questions import question_tasks
-from .stream import StreamConfig
+from .stream import StreamConfig, training_settings
 from .tasks import ORDERS, AnyTask, TaskError, TextTask, find_tasks, load_benchmark, read_task
 
 __all__ = ["ModelSettings", "SpecError", "StreamSpec", "TaskSettings", "load_spec", "parse_spec"]
 
 
-_UNSHARED = ("arm", "settings", "label", "order", "seed", "ella", "general")
-# Fields of a StreamConfig that section ``training`` sets, or an arm for itself.
-_SHARED = [f.name for f in fields(StreamConfig) if f.name not in _UNSHARED]
+# What section ``training`` sets, or an arm for itself.
+_SHARED = list(training_settings(StreamConfig().to_dict()))
 
 
 class SpecError(ValueError):

@@ -81,7 +81,7 @@ class StreamState:
         saved = self._progress()
         if saved is None:
             return None
-        differing = _differences(_completed(saved["run"], self._defaults), self.run)
+        differing = differences(completed(saved["run"], self._defaults), self.run)
         if differing:
             raise ValueError(
                 f"{self.folder} holds another run; differing: {'; '.join(differing[:8])}. "
@@ -216,17 +216,19 @@ def _adapter_parameters(model: Any, adapter_name: str) -> dict[str, Any]:
     return {name: p for name, p in model.named_parameters() if f".{adapter_name}." in name and "lora_" in name}
 
 
-def _completed(saved: Any, defaults: Any) -> Any:
+def completed(saved: Any, defaults: Any) -> Any:
+    """Settings ``saved`` with what they lack, at any depth, from ``defaults``."""
     if not isinstance(saved, dict) or not isinstance(defaults, dict):
         return saved
-    return defaults | {key: _completed(value, defaults.get(key)) for key, value in saved.items()}
+    return defaults | {key: completed(value, defaults.get(key)) for key, value in saved.items()}
 
 
-def _differences(saved: Any, now: Any, where: str = "") -> list[str]:
+def differences(saved: Any, now: Any, where: str = "") -> list[str]:
+    """A line for every setting that is not the same in both."""
     if isinstance(saved, dict) and isinstance(now, dict):
         return [
             line
             for key in sorted(saved.keys() | now.keys())
-            for line in _differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
+            for line in differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
         ]
     return [] if saved == now else [f"{where} was {saved!r}, now {now!r}"]

@@ -39,6 +39,9 @@ __all__ = ["StreamConfig", "StreamResult", "run_stream"]
 
 #: Those of transformers that need no setting of their own.
 SCHEDULES = ("constant", "linear", "cosine")
+# Settings of a run that section ``training`` of a stream file does not set for all methods: what it is, and what has
+# a section of its own.
+_OF_A_RUN = ("arm", "settings", "label", "order", "seed", "ella", "general")
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,7 @@ class StreamConfig:
 
     def shared(self) -> dict[str, Any]:
         """The settings of all methods."""
-        own = ("arm", "label", "order", "settings", "ella", "general")
-        return {name: value for name, value in self.to_dict().items() if name not in own}
+        return training_settings(self.to_dict()) | {"seed": self.seed}
 
     def identity(self) -> dict[str, Any]:
         """The settings that this run's numbers depend on."""
@@ -116,6 +118,11 @@ class StreamConfig:
         """The method, around a freshly built classifier."""
         settings, ella = arm_settings(self.arm, self.settings, self.ella)
         return arm_class(self.arm)(classifier, self.seed, settings, ella, train)
+
+
+def training_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run of ``config``, a :meth:`StreamConfig.to_dict`, trains: what section ``training`` of a file sets."""
+    return {name: value for name, value in config.items() if name not in _OF_A_RUN}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from ella.config import EllaConfig
 
 from ..arms import ARMS, OLD_NAMES
 from ..metrics import AccuracyMatrix
-from ..stream import StreamResult
+from ..stream import StreamResult, training_settings
 from .blocks import Block, Cell, Chart, Divider, Heading, Panels, Row, Table, Text
 from .charts import Line, Look, legend, line_chart, looks, percents, strip_chart
 from .comparison import OURS, comparisons
@@ -382,7 +382,7 @@ def _facts(notes: Mapping[str, str], env: Mapping[str, Any], results: Sequence[S
         **notes,
         "seeds": ", ".join(str(seed) for seed in sorted({r.seed for r in results})),
         "ELLA settings": _listed(config["ella"]),
-        "training": _listed(_training(config)),
+        "training": _listed(training_settings(config)),
         **{f"set for {title_of(arm)}": _listed(found) for arm, found in settings.items() if found},
         "machine": env["machine"],
         "system": f"{env['system']}, Python {env['python']}",
@@ -392,18 +392,13 @@ def _facts(notes: Mapping[str, str], env: Mapping[str, Any], results: Sequence[S
     return Table("", [], [*facts, Row("command", [Cell(env["command"], kind="code")])], kind="facts")
 
 
-def _training(config: Mapping[str, Any]) -> dict[str, Any]:
-    other = ("arm", "settings", "label", "order", "seed", "ella", "general")
-    return {name: value for name, value in config.items() if name not in other}
-
-
 def _set(result: StreamResult, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What is set for this arm alone, and is not what it would have been."""
     name = result.config["arm"]
     kind = ARMS.get(OLD_NAMES.get(name, name))
     own = {f.name: f.default for f in (fields(kind.Settings) if kind else ()) if f.default is not MISSING}
-    defaults = _training(shared) | {f.name: f.default for f in fields(EllaConfig)} | shared["ella"] | own
-    values = _training(result.config) | dict(result.config.get("settings") or {})
+    defaults = training_settings(shared) | {f.name: f.default for f in fields(EllaConfig)} | shared["ella"] | own
+    values = training_settings(result.config) | dict(result.config.get("settings") or {})
     return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
 
 
