@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Processes of `make test`; 0 runs all tests in one, as `pytest` alone does.
+WORKERS ?= auto
 
 .PHONY: demo test bench bench-full bench-readme quality style clean
 
@@ -15,7 +17,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/ella demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest -c bench/pytest.ini bench $(ARGS)

@@ -20,6 +20,8 @@ extras = {
         "matplotlib",
         "pytest",
         "pytest-benchmark",
+        # `make test` runs them in a process per core.
+        "pytest-xdist",
         "rapidfuzz",
         "rouge-score",
         "tensorboard",

@@ -5,6 +5,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The Triton kernels run on CPU tensors. Triton reads this when it decorates, so it comes before any import of it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# One of several processes of tests has one core, and so have those that it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import sys
 from contextlib import contextmanager
 
