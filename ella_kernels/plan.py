@@ -23,6 +23,7 @@ from .dispatch import ALGORITHMS
 from .layer import Layer
 from .prepared import Prepared, prepare
 from .recognition import Memory, Signature, signature
+from .targets import Room
 from .tracing import are_constants, recorded
 
 __all__ = ["Plan"]
@@ -34,11 +35,13 @@ class _Choice(NamedTuple):
     Attributes:
         algorithms: of each layer. backend: the resolved one.
         prepared: the launches, if they can run again as they are.
+        room: where gradients may lie.
     """
 
     algorithms: list[str]
     backend: str
     prepared: Prepared | None
+    room: Room
 
 
 class Plan:
@@ -90,7 +93,7 @@ class Plan:
         """Arguments, results and errors as :func:`ella_kernels.add_hadamard_grad_`."""
         found = signature(lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight, self._options)
         choice, moved_by = self._memory.find(found)
-        if choice is None:
+        if choice is None or (moved_by and not choice.room.is_clear(found.grad_base)):
             with torch.no_grad():
                 prepared = self._first_call(found, lora_As, lora_Bs, pasts, scalings, grads_A, grads_B, weight)
             if isinstance(prepared, Tensor):
@@ -130,7 +133,9 @@ class Plan:
             return ops.add_grads_(layers, weight, backend, precision)
         prepared = prepare(layers, backend, precision)
         again = None if prepared.holds_operands else prepared
-        self._memory.add(found, _Choice([layer.algorithm for layer in layers], backend, again))
+        read = [t for layer in layers for t in (layer.lora_A, layer.lora_B, *layer.past) if t is not None]
+        room = Room.of([*grads_A, *grads_B], read)
+        self._memory.add(found, _Choice([layer.algorithm for layer in layers], backend, again, room))
         return prepared
 
 

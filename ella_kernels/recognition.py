@@ -170,9 +170,6 @@ def signature(
         if any(map(Tensor.is_neg, chain(grads, read))) or any(map(Tensor.is_inference, grads)):
             return None
         targets, sources = _addresses(grads), _addresses(read)
-        if not set(targets).isdisjoint(filter(None, sources)):
-            # Gradients may move, and have moved onto what is read.
-            return None
         if 0 in targets or 0 in sources:
             tensors = [*grads, *read]
             if any(compress(map(Tensor.numel, tensors), map(not_, map(Tensor.data_ptr, tensors)))):

@@ -5,6 +5,7 @@ Looked at before anything is added, since what is half done cannot be told from 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["check_apart", "check_writable"]
+__all__ = ["Room", "check_apart", "check_writable"]
 
 
 def check_writable(name: str, target: Tensor) -> None:
@@ -88,6 +89,39 @@ def check_apart(
         if span is not None:
             cluster.append(span)
             stop = max(stop, span.stop)
+
+
+class Room(NamedTuple):
+    """Where targets lie beside what is read, to tell whether they may lie elsewhere in the same pattern.
+
+    Attributes:
+        low, high: bytes of all targets, from the address of the first one.
+        starts, stops: bytes of what is read, sorted.
+    """
+
+    low: int
+    high: int
+    starts: list[int]
+    stops: list[int]
+
+    @classmethod
+    def of(cls, targets: Sequence[Tensor], operands: Sequence[Tensor]) -> Room:
+        written: dict[tuple, _Span] = {}
+        read: dict[tuple, _Span] = {}
+        for spans, tensors in ((written, targets), (read, operands)):
+            for tensor in tensors:
+                _add(spans, "", tensor, None)
+        first = targets[0].data_ptr()
+        return cls(
+            min((span.start - first for span in written.values()), default=0),
+            max((span.stop - first for span in written.values()), default=0),
+            sorted(span.start for span in read.values()),
+            sorted(span.stop for span in read.values()),
+        )
+
+    def is_clear(self, first: int) -> bool:
+        """Whether nothing that is read lies between the targets when the first one is at the address ``first``."""
+        return bisect_left(self.starts, first + self.high) == bisect_right(self.stops, first + self.low)
 
 
 def _add(spans: dict[tuple, _Span], name: str, tensor: Tensor | None, role: tuple | None) -> None:

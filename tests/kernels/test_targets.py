@@ -134,26 +134,27 @@ def test_a_refused_call_adds_nothing(backend, spoil, message):
 
 @BACKENDS
 def test_a_gradient_that_moved_onto_what_is_read_is_noticed(backend):
-    """The pattern of a repeated call, at the place of its own factors."""
+    """The pattern of a repeated call, at the place of its own factors, and half over it."""
     group = Group()
     memory = torch.zeros(4, N * (R * IN + OUT * R))
 
-    def place(row):
-        parts = row.split([R * IN, OUT * R] * N)
+    def place(row, further=0):
+        parts = memory.flatten()[row * memory.shape[1] + further :][: memory.shape[1]].split([R * IN, OUT * R] * N)
         return [parts[2 * i].view(R, IN) for i in range(N)], [parts[2 * i + 1].view(OUT, R) for i in range(N)]
 
     old = group.As, group.Bs
-    group.As, group.Bs = place(memory[0])
+    group.As, group.Bs = place(0)
     for new, given in zip((*group.As, *group.Bs), (*old[0], *old[1]), strict=True):
         new.copy_(given)
-    group.grads_A, group.grads_B = place(memory[1])
+    group.grads_A, group.grads_B = place(1)
     group.add(backend)
-    group.grads_A, group.grads_B = place(memory[2])
+    group.grads_A, group.grads_B = place(2)
     group.add(backend)
     group.check()
-    group.grads_A, group.grads_B = place(memory[0])
-    with pytest.raises(ValueError, match=r"must have memory of its own"):
-        group.add(backend)
+    for further in (0, IN):
+        group.grads_A, group.grads_B = place(0, further)
+        with pytest.raises(ValueError, match=r"must have memory of its own"):
+            group.add(backend)
     assert all(map(torch.equal, (*group.As, *group.Bs), (*old[0], *old[1])))
 
 
