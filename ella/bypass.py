@@ -40,7 +40,7 @@ class ForwardWatch:
 
     def seen_by_penalty(self, parameter: nn.Parameter) -> Tensor:
         """``parameter`` as the penalty should take it, so that its gradient is told from the forward's."""
-        if id(parameter) not in self._handles or not torch.is_grad_enabled():
+        if id(parameter) not in self._handles or not (parameter.requires_grad and torch.is_grad_enabled()):
             return parameter
         alias = parameter.view_as(parameter)
         alias.register_hook(partial(self._note, id(parameter)))

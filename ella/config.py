@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["AUTO_LAMBDA", "EllaConfig"]
+__all__ = ["AUTO_LAMBDA", "MAX_LAMBDA", "EllaConfig"]
 
 #: Of ``ella_lambda="auto"``: what an update adds to the loss that is as large as all earlier ones together and lies
 #: where they lie by chance, in units of the task loss.
 AUTO_LAMBDA = 4.0
+#: At most, with a gradient scaler's scale on top: values and gradients are float32.
+MAX_LAMBDA = 1e30
 
 _CHOICES = {
     "penalty": ("hadamard", "spectral"),
@@ -31,6 +33,7 @@ class EllaConfig:
             every task, to :data:`AUTO_LAMBDA` ``· N / E²``, ``E = Σ_layers ‖W_past‖_F²`` and ``N`` the number of its
             coordinates: a strength that does not depend on rank, scaling, learning rate and width. With the spectral
             penalty to :data:`AUTO_LAMBDA` ``· N / (E · Σ_layers ‖W_past‖_*²)``, the nuclear norm: as strong by chance.
+            Never above :data:`MAX_LAMBDA`.
         penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026) or "spectral", the projected norm.
         past_rank: cap on the components stored per layer; the past is exact until it is reached.
         penalty_rank: components the penalty uses, the rest entering by its row and column energies; None uses all.
@@ -93,7 +96,7 @@ class EllaConfig:
             return
         if isinstance(strength, bool) or not isinstance(strength, (int, float)):
             raise TypeError(f"ella_lambda must be a number or 'auto', found {strength!r}")
-        if not math.isfinite(strength) or strength < 0:
+        if not 0 <= strength <= sys.float_info.max:
             raise ValueError(f"ella_lambda must be finite and at least 0, found {strength}")
 
     def to_dict(self) -> dict[str, Any]:

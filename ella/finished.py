@@ -102,6 +102,12 @@ class FinishedTasks:
             self._lost_unless(False, f"the LoRA layer {gone} is no longer in the model (unloaded, or replaced)")
         self._lost_unless(self.adapter in self.model.peft_config, f"adapter {self.adapter!r} was deleted")
         if TASK in self.model.peft_config and self.adapter != TASK:
+            other = next((other for other in self.model.peft_config if past_of(self.model, other)), None)
+            if other is not None:
+                raise ValueError(
+                    f"adapter {TASK!r} is that of {other!r}, which holds the finished tasks of this model: no other "
+                    f"adapter can be regularized beside it, found {self.adapter!r}"
+                )
             raise ValueError(
                 f"the model has an adapter {TASK!r} of a later task that was loaded without its EllaRegularizer (a "
                 "resumed checkpoint, say): attach(trainer, regularizer) and EllaRegularizer.from_pretrained restore it"
@@ -123,6 +129,7 @@ class FinishedTasks:
             "is trained now; a saved state is taken up by EllaRegularizer.from_pretrained(model, folder)"
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fold(self, name: str) -> FoldReport:
         """:meth:`ella.EllaRegularizer.end_task`."""
@@ -131,6 +138,7 @@ class FinishedTasks:
         self.check(training=True)
         if self.engine in SPREAD:
             knowledge.check_spread(self.model, self.layers, self.adapter, self.config.keep_past)
+        self._check_unmerged()
         for layer in self.layers:
             self._check_foldable(layer, name)
         folded = {layer.name: self._folded(layer) for layer in self.layers}
@@ -142,10 +150,14 @@ class FinishedTasks:
         self.reset()
         return dataclasses.replace(FoldReport.of(name, folded), merge_error=merge_error)
 
+    def _check_unmerged(self) -> None:
+        """Refuse to write factors that PEFT would take out of the base weight as they were when it merged them."""
+        for layer in self.layers:
+            if layer.module.merged:
+                raise ValueError(f"adapters {layer.module.merged_adapters} are merged in {layer.name}; unmerge first")
+
     def _check_foldable(self, layer: AdaptedLayer, task: str) -> None:
         module = layer.module
-        if module.merged:
-            raise ValueError(f"adapters {module.merged_adapters} are merged in {layer.name}; unmerge first")
         if module.disable_adapters:
             raise ValueError(f"adapters are disabled in {layer.name}; enable them before {task!r} is folded")
         replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
@@ -165,6 +177,7 @@ class FinishedTasks:
 
     def reset(self) -> None:
         """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is."""
+        self._check_unmerged()
         init = self.model.peft_config[self.adapter].init_lora_weights
         for layer in self.layers:
             if layer.tied_to is None and self.engine == "FSDP2":
@@ -194,9 +207,12 @@ class FinishedTasks:
         model, past, keep = self.model, self.past, self.config.keep_past
         past.config = self.config.to_dict()
         if keep == "external":
-            held = model.peft_config[past.adapter]
+            Marker.forget(model.peft_config[past.adapter])
+            held = knowledge.EllaLoraConfig.of(model.peft_config[past.adapter], past)
             past.adopt(self.layers, stored, held)
-            model.peft_config[past.adapter] = knowledge.EllaLoraConfig.of(held, past)
+            path = next(iter(knowledge.peft_ranks(self.layers, {name: layer.rank for name, layer in stored.items()})))
+            held.tell_of_past(Marker.about(held, past.tasks, stored, keep), path)
+            model.peft_config[past.adapter] = held
             return {}
         if keep == "merge" and past.base is None and not merged:
             past.base = MergedBase(self.layers)
@@ -230,6 +246,7 @@ class FinishedTasks:
             if not trainable and "ref" not in self.model.active_adapters:
                 self.model.delete_adapter("ref")
 
+    @torch.inference_mode(False)
     def _take_up(self, state: PastState | None, folder: Path | None) -> None:
         """The past that ``state`` or the model itself brings along."""
         model, name = self.model, self.config.adapter_name
@@ -244,6 +261,11 @@ class FinishedTasks:
         elif living is not None:
             self.past = living
             self._find_layers(trained_adapter(model, name))
+        elif marker is not None and marker.keep_past == "external":
+            raise ValueError(
+                f"the finished tasks {list(marker.tasks)} of adapter {name!r} are in the folder that it was loaded "
+                "from, beside it (keep_past='external'): load them with EllaRegularizer.from_pretrained(model, folder)"
+            )
         elif marker is not None:
             if not marker.exact or {marker.keep_past, self.config.keep_past} != {"adapter"}:
                 what = "what truncation dropped" if not marker.exact else "which base weights it belongs to"
@@ -263,6 +285,7 @@ class FinishedTasks:
 
     def _install_loaded(self, marker: Marker) -> None:
         """A knowledge adapter that PEFT loaded: its own factors, all of the past."""
+        self._check_unmerged()
         if TASK not in self.model.peft_config:
             knowledge.add_trained_adapter(self.model, self.config.adapter_name, marker)
         self.model.set_adapter(TASK)
@@ -270,6 +293,7 @@ class FinishedTasks:
 
     def _install_old(self) -> None:
         """The form of version 0.1.0: the past in an adapter "ella_past", the trained one under the user's name."""
+        self._check_unmerged()
         missing = [layer.name for layer in self.layers if not layer.has("ella_past")]
         if missing:
             raise ValueError(
@@ -292,6 +316,7 @@ class FinishedTasks:
             for layer in self.layers
         }
 
+    @torch.inference_mode(False)
     def restore(self, directory: str | Path) -> None:
         """:meth:`ella.EllaRegularizer.restore`."""
         self.check()
@@ -302,6 +327,7 @@ class FinishedTasks:
 
     def _restore(self, state: PastState, folder: Path | None, marker: Marker | None) -> None:
         model, name = self.model, self.config.adapter_name
+        self._check_unmerged()
         self.past = past_of(model, name) or self.past
         self._check_layers(state.shapes, folder)
         if state.config.get("keep_past") == "external" != self.config.keep_past:
@@ -312,7 +338,7 @@ class FinishedTasks:
         if not state.layers:
             self.past.tasks = list(state.tasks)
             return
-        if marker is not None and TASK not in model.peft_config:
+        if marker is not None and marker.keep_past != "external" and TASK not in model.peft_config:
             knowledge.add_trained_adapter(model, name, marker, folder)
         if TASK in model.peft_config:
             model.set_adapter(TASK)

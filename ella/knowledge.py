@@ -66,8 +66,15 @@ class EllaLoraConfig(LoraConfig):
     def of(cls, config: LoraConfig, past: Past) -> EllaLoraConfig:
         """``config`` with the past; fields and whatever PEFT noted beside them are shared."""
         made = cls.__new__(cls)
-        made.__dict__.update(config.__dict__, past=past)
+        made.__dict__.update(config.__dict__, past=past, saved={})
         return made
+
+    def tell_of_past(self, marker: Marker, path: str) -> None:
+        """Files get ``marker``, in a pattern that gives the layer ``path`` the rank that it has.
+
+        Whoever loads this adapter without the past that was saved beside it is told.
+        """
+        self.saved = {"rank_pattern": {marker.mark(_pattern(path)): _rank(self, path), **self.rank_pattern}}
 
     def without_effect(self, but: Iterable[str]) -> None:
         """Scaling 0 for whatever is made from this configuration in the model, except for the patterns ``but``.
@@ -83,6 +90,8 @@ class EllaLoraConfig(LoraConfig):
 @dataclasses.dataclass(frozen=True)
 class Marker:
     """What a knowledge adapter says of itself in its ``rank_pattern``, in a comment of a regular expression.
+
+    With ``keep_past="external"`` the files of the trained adapter say it, of the past that lies beside them.
 
     Attributes:
         tasks: names of the finished tasks.
@@ -117,6 +126,12 @@ class Marker:
                 data = json.loads(urllib.parse.unquote(found[1]))
                 return cls(tuple(data["tasks"]), data["exact"], data["keep_past"], data["trained"])
         return None
+
+    @staticmethod
+    def forget(config: LoraConfig) -> None:
+        """Take the marker of a past that lay beside the adapter out of a configuration."""
+        if Marker.of(config) is not None:
+            config.rank_pattern = {key: rank for key, rank in config.rank_pattern.items() if not _MARKER.match(key)}
 
 
 def past_of(model: PeftModel, adapter: str) -> Past | None:
@@ -300,9 +315,13 @@ def add_trained_adapter(model: PeftModel, knowledge: str, marker: Marker, folder
 
 
 def _add_layer(module: LoraLayer, path: str, config: LoraConfig) -> None:
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+    rank = _rank(config, path)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
     module.update_layer(TASK, r=rank, lora_alpha=alpha, config=config)
+
+
+def _rank(config: LoraConfig, path: str) -> int:
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
 
 
 def _tie(embedding: LoraLayer, head: LoraLayer) -> None:
@@ -376,7 +395,8 @@ def plain_config(
     }  # fmt: skip
     for name, value in plain.items():
         setattr(config, name, value)
-    config.__dict__.pop("past", None)
+    for own in ("past", "saved"):
+        config.__dict__.pop(own, None)
     return config
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import ella_kernels as ek
 
-from .checkpoint import PastState, load_past, save_past
-from .config import AUTO_LAMBDA, EllaConfig
+from .checkpoint import PAST_FILE, PastState, load_past, save_past
+from .config import AUTO_LAMBDA, MAX_LAMBDA, EllaConfig
 from .distributed import SPREAD, is_writer, refuse_tensor_parallel, wait_for_all
 from .export import ExportReport, export_live
 from .finished import FinishedTasks
@@ -33,8 +33,8 @@ class EllaRegularizer:
             adapter that an earlier run saved (loaded by PEFT), to which a fresh trained adapter is added.
         config: see :class:`~ella.EllaConfig`.
 
-    Attributes: ``model``, ``config``, ``layers`` (the penalised :class:`~ella.lora.AdaptedLayer`), ``tasks`` (names
-    folded so far), ``adapter`` (name of the adapter in training).
+    Attributes: ``model``, ``config`` (another one may be assigned), ``layers`` (the penalised
+    :class:`~ella.lora.AdaptedLayer`), ``tasks`` (names folded so far), ``adapter`` (name of the adapter in training).
 
     Raises:
         TypeError: not a PEFT LoRA model.
@@ -58,8 +58,29 @@ class EllaRegularizer:
     ) -> None:
         if not isinstance(config, EllaConfig):
             raise TypeError(f"config must be an EllaConfig, found {type(config).__name__}")
-        self.model, self.config = model, config
+        self.model, self._config = model, config
         self._finished = FinishedTasks(model, config, state, folder)
+        self._follow()
+
+    @property
+    def config(self) -> EllaConfig:
+        """The settings. Others can be assigned between steps, but for what the model was set up with."""
+        return self._config
+
+    @config.setter
+    def config(self, config: EllaConfig) -> None:
+        if not isinstance(config, EllaConfig):
+            raise TypeError(f"config must be an EllaConfig, found {type(config).__name__}")
+        for name in ("adapter_name", "keep_past", "skip_unsupported"):
+            now, given = getattr(self._config, name), getattr(config, name)
+            if now != given:
+                raise ValueError(
+                    f"{name} is {now!r} and cannot become {given!r} on a model that was set up with it; make a new "
+                    "EllaRegularizer"
+                )
+        self._finished.check()
+        self._config = self._finished.config = config
+        self._finished.past.config = config.to_dict()
         self._follow()
 
     def _follow(self) -> None:
@@ -195,7 +216,8 @@ class EllaRegularizer:
     def _lambda(self, past: Size) -> float:
         if not isinstance(self.config.ella_lambda, str):
             return self.config.ella_lambda
-        return AUTO_LAMBDA * self._size / (past.energy * past.by_chance) if past.by_chance else 0.0
+        # By one after the other: the square of a small past may be too small for a number.
+        return min(AUTO_LAMBDA * self._size / past.energy / past.by_chance, MAX_LAMBDA) if past.by_chance else 0.0
 
     def _evaluate(self, terms: list[Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
         return self._penalties(a, b, [t.past for t in terms], [t.scaling for t in terms])
@@ -274,7 +296,10 @@ class EllaRegularizer:
         return self._finished.fold(name)
 
     def reset_adapter(self) -> None:
-        """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is."""
+        """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is.
+
+        Raises ValueError where an adapter is merged, whose update PEFT would no longer find to unmerge.
+        """
         self._finished.reset()
 
     def export_adapter(self, directory: str | Path, rank: int | None = None) -> ExportReport:
@@ -330,8 +355,10 @@ class EllaRegularizer:
             FileNotFoundError, ValueError: no or no whole state there, or other layers than the model's (listed).
         """
         folder = Path(directory)
-        if config is not None and (folder / config.adapter_name).is_dir() and config.adapter_name != "default":
-            folder = folder / config.adapter_name
+        names = list(getattr(peft_model, "peft_config", ())) if config is None else [config.adapter_name]
+        if config is not None or not (folder / PAST_FILE).exists():  # PEFT gives adapters but "default" their folders
+            own = [folder / name for name in names if name != "default" and (folder / name / PAST_FILE).exists()]
+            folder = own[0] if own else folder
         state = load_past(folder)
         reg = cls.__new__(cls)
         reg._set_up(peft_model, config or EllaConfig.from_dict(state.config), state, folder)
@@ -343,6 +370,6 @@ class EllaRegularizer:
         The model's past must be that one or none yet. The trained adapter keeps its weights.
 
         Raises FileNotFoundError or ValueError as :meth:`from_pretrained`, and ValueError where the model has finished
-        other tasks.
+        other tasks or an adapter is merged.
         """
         self._finished.restore(directory)

@@ -263,5 +263,5 @@ def _finite(name: str, value: float) -> None:
 
 def _check_scaling(name: str, value: float) -> None:
     _finite(name, value)
-    if abs(value) > _MAX_SCALING:
+    if abs(float(value)) > _MAX_SCALING:
         raise ValueError(f"{name} must be at most {_MAX_SCALING:.1e} in size, found {float(value)}")

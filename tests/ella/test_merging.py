@@ -200,6 +200,34 @@ def test_external_leaves_the_forward_alone_and_gives_the_penalty(tmp_path):
     assert list(again.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"q_proj": 3}}], ids=["one rank", "ranks"])
+def test_an_external_past_is_not_left_behind(tmp_path, options):
+    """PEFT loads the adapter without what lies beside it: a new regularizer would begin anew, and save that."""
+    model = get_peft_model(llama(), lora(**options))
+    reg = EllaRegularizer(model, EXTERNAL)
+    for task in range(2):
+        randomise(model, task)
+        reg.end_task(f"task {task}")
+    randomise(model, 9)
+    model.save_pretrained(tmp_path / "one")
+    held = model.peft_config["default"].rank_pattern
+    for folder in ("one", "two"):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / folder, is_trainable=True)
+        assert relative_error(logits(loaded), logits(model)) < 1e-6
+        for config in (EXTERNAL, None):
+            with pytest.raises(ValueError, match=r"\['task 0', 'task 1'\] .*EllaRegularizer\.from_pretrained\(model"):
+                EllaRegularizer(loaded, config)
+        again = EllaRegularizer.from_pretrained(loaded, tmp_path / folder)
+        assert again.tasks == reg.tasks and again.values() == reg.values()
+        assert list(loaded.peft_config) == ["default"] and loaded.peft_config["default"].rank_pattern == held
+        loaded.save_pretrained(tmp_path / "two")
+    again.end_task("task 2")
+    loaded.save_pretrained(tmp_path / "two")
+    assert EllaRegularizer.from_pretrained(get_peft_model(llama(), lora(**options)), tmp_path / "two").tasks == [
+        "task 0", "task 1", "task 2",
+    ]  # fmt: skip
+
+
 def deltas_of(total, layer):
     return total[layer.name][0].float()
 

@@ -156,6 +156,45 @@ def test_merged_adapters_are_not_folded():
         reg.end_task("bad")
 
 
+@pytest.mark.parametrize("write", ["reset", "restore", "from_pretrained"])
+def test_factors_of_a_merged_adapter_are_not_written(tmp_path, write):
+    """PEFT unmerges by the factors as they are then."""
+    _, reg = folded(targets=["up"])
+    reg.save_pretrained(tmp_path)
+    model = tiny(targets=["up"])
+    fresh = EllaRegularizer(model)
+    randomise(model, 1)
+    before = model.base_model.model.up.base_layer.weight.clone()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapters \['default'\] are merged in up; unmerge first"):
+        if write == "reset":
+            fresh.reset_adapter()
+        elif write == "restore":
+            fresh.restore(tmp_path)
+        else:
+            EllaRegularizer.from_pretrained(model, tmp_path)
+    model.unmerge_adapter()
+    assert relative_error(model.base_model.model.up.base_layer.weight, before) < 1e-6
+    assert fresh.tasks == [] and list(model.peft_config) == ["default"]
+
+
+def test_tasks_end_in_inference_mode_too(tmp_path):
+    model = tiny(targets=["up", "down"])
+    reg = EllaRegularizer(model, EllaConfig(ella_lambda=1.0))
+    randomise(model, 1)
+    with torch.inference_mode():
+        reg.end_task("one")
+        reg.save_pretrained(tmp_path)
+    randomise(model, 2)
+    again = tiny(targets=["up", "down"])
+    with torch.inference_mode():
+        restored = EllaRegularizer.from_pretrained(again, tmp_path)
+    randomise(again, 2)
+    assert restored.values() == reg.values() and min(reg.values().values()) > 0
+    restored.penalty().backward()
+    assert all(p.grad is not None for layer in restored.layers for p in layer.parameters())
+
+
 def test_half_precision_models_keep_an_fp32_past():
     model = tiny(targets=["up", "down", "point"], dtype=torch.bfloat16)
     for layer in EllaRegularizer(model).layers:

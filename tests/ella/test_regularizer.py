@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import ella_kernels as ek
 from ella import EllaConfig, EllaRegularizer
 from ella.checkpoint import PAST_FILE, load_past
-from ella.config import AUTO_LAMBDA
+from ella.config import AUTO_LAMBDA, MAX_LAMBDA
 from tests.ella.models import EXPERTS, add_deltas, deltas, ids, randomise, tiny
 from tests.kernels.cases import relative_error
 
@@ -78,6 +80,92 @@ def test_auto_is_as_strong_by_chance_with_the_spectral_penalty():
     draws = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for _ in range(400)]
     mean = sum((left.mT @ draw @ right.mT).square().sum() for draw in draws).item() / len(draws)
     assert mean == pytest.approx(s.sum().square().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("penalty", ["hadamard", "spectral"])
+@pytest.mark.parametrize("size", [1e-6, 1e-22])
+def test_auto_after_a_task_that_learned_next_to_nothing(size, penalty):
+    _, reg, _ = model_with_past(EllaConfig(penalty=penalty), tasks=1, size=size, targets=["up"])
+    for layer in reg.layers:
+        layer.parameters()[1].data.zero_()
+    assert 0 < reg.strength() <= MAX_LAMBDA
+    assert reg.penalty().item() == 0.0 and reg.add_gradient_().item() == 0.0
+
+
+CHANGES = [
+    {"ella_lambda": 3.0}, {"ella_lambda": "auto"}, {"penalty": "spectral"}, {"penalty_rank": 2},
+    {"penalty_rank": 2, "penalty_energies": False}, {"reduction": "mean"}, {"include_scaling": False},
+    {"normalize": "rms"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_another_config_may_be_assigned(tmp_path, change):
+    """As a new regularizer of the same model; another λ in every task is one use of it."""
+    model, reg, _ = model_with_past(EllaConfig(ella_lambda=1.0), **EXPERTS)
+    before = reg.penalty().item()
+    reg.config = replace(reg.config, **change)
+    fresh = EllaRegularizer(model, reg.config)
+    found = reg.penalty().item()
+    assert found != before and found == fresh.penalty().item() and reg.values() == fresh.values()
+    assert reg.add_gradient_().item() == pytest.approx(found, rel=1e-5)
+    model.save_pretrained(tmp_path)
+    assert EllaConfig.from_dict(load_past(tmp_path).config) == reg.config == fresh.config
+
+
+def test_an_assigned_config_caps_the_next_fold():
+    _, reg, _ = model_with_past(EllaConfig(), targets=["up"])
+    reg.config = replace(reg.config, past_rank=3)
+    assert reg.end_task("next").ranks == {"up": 3}
+
+
+def test_a_config_that_is_another_model_is_not_assigned():
+    _, reg, _ = model_with_past(EllaConfig(), targets=["up"])
+    with pytest.raises(ValueError, match="keep_past is 'adapter' and cannot become 'merge'"):
+        reg.config = EllaConfig(keep_past="merge")
+    with pytest.raises(TypeError, match="config must be an EllaConfig, found dict"):
+        reg.config = {"ella_lambda": 1.0}
+    assert reg.config == EllaConfig()
+
+
+def test_the_penalty_of_frozen_factors():
+    """A watched factor that is frozen for a while: the value stands, and no hook is asked of it."""
+    model, reg, _ = model_with_past(EllaConfig(ella_lambda=1.0))
+    value = reg.penalty().item()
+    with model.disable_adapter():
+        assert reg.penalty().item() == value
+    for layer in reg.layers:
+        layer.parameters()[1].requires_grad_(False)
+    reg.penalty().backward()
+    for layer in reg.layers:
+        a, b = layer.parameters()
+        assert b.grad is None and a.grad.abs().max() > 0
+
+
+def test_one_adapter_of_a_model_has_finished_tasks():
+    model = tiny(targets=["up"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up"]))
+    model.set_adapter("other")
+    other = EllaRegularizer(model, EllaConfig(adapter_name="other"))
+    model.set_adapter("default")
+    reg = EllaRegularizer(model)
+    reg.end_task("one")
+    with pytest.raises(ValueError, match=r"'ella_task' is that of 'default'.*found 'other'"):
+        other.penalty()
+
+
+def test_the_folder_of_an_adapter_is_found(tmp_path):
+    """PEFT saves adapters in folders of their names, but for "default"."""
+    config = LoraConfig(r=2, target_modules=["up"])
+    base = tiny(targets=["up"]).unload()
+    model = get_peft_model(base, config, adapter_name="mine")
+    reg = EllaRegularizer(model, EllaConfig(adapter_name="mine"))
+    randomise(model, 1)
+    reg.end_task("one")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "mine" / PAST_FILE).is_file() and not (tmp_path / PAST_FILE).exists()
+    fresh = get_peft_model(tiny(targets=["up"]).unload(), config, adapter_name="mine")
+    assert EllaRegularizer.from_pretrained(fresh, tmp_path).tasks == ["one"]
 
 
 def test_auto_before_the_first_task():
