@@ -13,7 +13,9 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "continual")
 
 
 def test_there_are_some():
-    assert {path.stem for path in RECIPES} == {"standard", "long", "methods", "t5-large", "llama-3.1-8b"}
+    assert {path.stem for path in RECIPES} == {
+        "standard", "standard-constant", "long", "methods", "t5-large", "llama-3.1-8b",
+    }  # fmt: skip
 
 
 def test_the_recipe_of_all_methods_has_all():
