@@ -17,7 +17,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/ella demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest -c bench/pytest.ini bench $(ARGS)

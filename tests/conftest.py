@@ -19,6 +19,18 @@ from torch.utils._device import _device_constructors
 OURS = ("ella", "ella_kernels")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of several processes all in one worker: what their cases give is had once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/distributed" if nodeid.startswith("tests/distributed/") else nodeid
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned():
     """Uninitialised memory of the packages is NaN: what should be written and is not, or is read before, shows.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.distributed.launch import run
@@ -32,13 +30,6 @@ STEPS = [
     "options:checkpointed:True", "options:half", "options:evaluated", "options:unused:ddp", "options:unused:fsdp2",
 ]  # fmt: skip
 COUNTS = ["options:collectives:4", "options:collectives:32"]
-
-
-def pytest_collection_modifyitems(items):
-    """All in one process of pytest-xdist: what the cases give is had once."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("distributed"))
 
 
 @pytest.fixture(scope="session")

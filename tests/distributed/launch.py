@@ -21,7 +21,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 
 
-def run(world, cases, folder, timeout=240):
+def run(world, cases, folder, timeout=600):
     """``{case: [result of rank 0, of rank 1, ...]}``; raises with the traceback of the rank that failed first."""
     folder.mkdir(parents=True)
     environment = os.environ | {
