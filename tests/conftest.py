@@ -17,16 +17,17 @@ import torch
 from torch.utils._device import _device_constructors
 
 OURS = ("ella", "ella_kernels")
+TOGETHER = ("tests/distributed/", "tests/kernels/test_triton_compile.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Tests of several processes all in one worker: what their cases give is had once."""
+    """Tests that share what takes minutes to make all in one worker: it is made once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return "tests/distributed" if nodeid.startswith("tests/distributed/") else nodeid
+            return next(filter(nodeid.startswith, TOGETHER), nodeid)
 
     return Scheduling(config, log)
 
