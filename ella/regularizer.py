@@ -56,30 +56,28 @@ class EllaRegularizer:
     def _set_up(
         self, model: PeftModel, config: EllaConfig, state: PastState | None = None, folder: Path | None = None
     ) -> None:
-        if not isinstance(config, EllaConfig):
-            raise TypeError(f"config must be an EllaConfig, found {type(config).__name__}")
-        self.model, self._config = model, config
+        _check_type(config)
+        self.model = model
         self._finished = FinishedTasks(model, config, state, folder)
         self._follow()
 
     @property
     def config(self) -> EllaConfig:
         """The settings. Others can be assigned between steps, but for what the model was set up with."""
-        return self._config
+        return self._finished.config
 
     @config.setter
     def config(self, config: EllaConfig) -> None:
-        if not isinstance(config, EllaConfig):
-            raise TypeError(f"config must be an EllaConfig, found {type(config).__name__}")
+        _check_type(config)
         for name in ("adapter_name", "keep_past", "skip_unsupported"):
-            now, given = getattr(self._config, name), getattr(config, name)
+            now, given = getattr(self.config, name), getattr(config, name)
             if now != given:
                 raise ValueError(
                     f"{name} is {now!r} and cannot become {given!r} on a model that was set up with it; make a new "
                     "EllaRegularizer"
                 )
         self._finished.check()
-        self._config = self._finished.config = config
+        self._finished.config = config
         self._finished.past.config = config.to_dict()
         self._follow()
 
@@ -373,3 +371,8 @@ class EllaRegularizer:
         other tasks or an adapter is merged.
         """
         self._finished.restore(directory)
+
+
+def _check_type(config: EllaConfig) -> None:
+    if not isinstance(config, EllaConfig):
+        raise TypeError(f"config must be an EllaConfig, found {type(config).__name__}")

@@ -113,6 +113,20 @@ def test_another_config_may_be_assigned(tmp_path, change):
     assert EllaConfig.from_dict(load_past(tmp_path).config) == reg.config == fresh.config
 
 
+def test_older_factors_over_finished_tasks_are_put_right_by_restore(tmp_path):
+    """Nothing tells factors that PEFT loads over the knowledge from its own, but the saved state has them all."""
+    model, reg, _ = model_with_past(EllaConfig(ella_lambda=1.0, past_rank=3), targets=["up"])
+    model.save_pretrained(tmp_path / "older")
+    reg.end_task("last")
+    randomise(model, 5)
+    reg.save_pretrained(tmp_path / "now")
+    value = reg.penalty().item()
+    model.load_adapter(tmp_path / "older", "default")
+    assert reg.tasks == ["task 0", "task 1", "last"] and reg.penalty().item() != pytest.approx(value, rel=1e-3)
+    reg.restore(tmp_path / "now")
+    assert reg.penalty().item() == value
+
+
 def test_an_assigned_config_caps_the_next_fold():
     _, reg, _ = model_with_past(EllaConfig(), targets=["up"])
     reg.config = replace(reg.config, past_rank=3)
