@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -371,23 +370,24 @@ def _measure_zero(made: Model, stage: int) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------- all of them
 
 
-def worker(arguments: Sequence[str]) -> None:
+def worker(rank: int, world: int, folder: str, engines: Sequence[str]) -> None:
     """One of several processes: every engine in turn; rank 0 writes the largest number of all ranks."""
     import torch.distributed as dist
 
-    store, rank, world, out, *engines = arguments
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_SIZE="0")
+    # What engines print is not the check's.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_SIZE="0")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     rows: list[Row] = []
     for engine in engines:
         for name in SPREAD:
-            found: list[dict[str, int]] = [{}] * int(world)
-            dist.all_gather_object(found, measure(CASES[name], engine, int(world)))
+            found: list[dict[str, int]] = [{}] * world
+            dist.all_gather_object(found, measure(CASES[name], engine, world))
             largest = {what: max(one[what] for one in found) for what in found[0]}
-            rows += compared(CASES[name], engine, int(world), largest)
-    if rank == "0":
-        Path(out).write_text(json.dumps(rows), encoding="utf-8")
+            rows += compared(CASES[name], engine, world, largest)
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -399,29 +399,15 @@ def compared(case: Case, engine: str, gpus: int, measured: dict[str, int]) -> li
 
 
 def rows_in_processes(world: int, engines: Sequence[str] = ENGINES) -> list[Row]:
-    """Rows of ``world`` processes, started once for all engines. Raises RuntimeError where one of them fails."""
+    """Rows of ``world`` processes, forked once for all engines from one that has imported them.
+
+    Raises:
+        torch.multiprocessing.ProcessException: one of them failed; the others are ended.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "peft", "deepspeed"])
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, "-W", "ignore", "-m", "bench.plan_check", "--worker", f"{folder}/store"]
-        root = Path(__file__).parents[1]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), str(out), *engines], cwd=root, stdout=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-            )
-            for rank in range(world)
-        ]  # fmt: skip
-        try:
-            # One that fails leaves the others waiting for it.
-            while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
-                time.sleep(0.1)
-        finally:
-            for process in processes:
-                process.kill()
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise RuntimeError(f"processes of a plan check ended with {codes}")
-        return [Row(*row) for row in json.loads(out.read_text(encoding="utf-8"))]
+        torch.multiprocessing.start_processes(worker, (world, folder, engines), world, start_method="forkserver")
+        return [Row(*row) for row in json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))]
 
 
 def committed() -> dict[str, Any]:
@@ -470,9 +456,6 @@ def all_rows() -> list[Row]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments[:1] == ["--worker"]:
-        worker(arguments[1:])
-        return 0
     os.environ.setdefault("TRITON_INTERPRET", "1")
     rows = all_rows()
     for row in rows:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,25 +17,17 @@ from ella.config import EllaConfig
 from ella.continual.arms import ARMS
 from ella.continual.models import LoraSettings, build_classifier
 from ella.continual.stream import StreamConfig, run_stream
+from tests.processes import killed, started, tail
 
 from . import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = StreamConfig(batch_size=4, ella=EllaConfig(ella_lambda=10.0, normalize="rms"))
 TOUCHED = "base_model.model.encoder.layer.1.output.dense.weight"
 TASKS = tiny.three_tasks(n_train=64, n_test=32)
 
-# The run in a process of its own: the real MiniLM, so that the second task takes seconds.
-SCRIPT = """
-import sys
-import torch
-from tests.continual.test_resume import run
-torch.set_num_threads(1)
-run(sys.argv[1])
-"""
-
 
 def run(folder, **options):
+    """The real MiniLM, so that the second task takes seconds."""
     built = build_classifier(max_length=32, lora=LoraSettings(r=4, alpha=8))
     return run_stream(built, TASKS, CONFIG, folder, progress=False, **options)
 
@@ -53,30 +43,27 @@ def unbroken(tmp_path_factory):
     return folder, run(folder)
 
 
-def killed(folder: Path) -> None:
+def run_and_kill(folder: Path) -> None:
     """Start the run, kill the process once the first task is saved and the second has begun."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    log = folder.parent / "log"
+    process = started(log, run, folder)
     try:
         deadline = time.monotonic() + 120
         while not (folder / "progress.json").exists():
-            assert process.poll() is None, process.stdout.read().decode()
+            assert process.exitcode is None, tail(log)
             assert time.monotonic() < deadline, "the first task was not saved within two minutes"
             time.sleep(0.01)
         time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        killed(process)
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, unbroken):
     whole_folder, whole = unbroken
     folder = tmp_path / "run"
-    killed(folder)
+    run_and_kill(folder)
     progress = json.loads((folder / "progress.json").read_text())
     finished = len(progress["result"]["tasks"])
     assert finished < len(TASKS), "the run was over before it was killed"

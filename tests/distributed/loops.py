@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.models import (
+    BATCH,
     CLIP,
     LR,
     STEPS,
@@ -16,12 +17,14 @@ from tests.distributed.models import (
     blocks,
     full,
     mine,
+    rank,
     regularized,
     trainable,
     weights,
     with_past,
     world,
 )  # fmt: skip
+from tests.ella.models import ids, randomise, tiny
 
 
 def fsdp2(model):
@@ -70,6 +73,29 @@ def one_task(folder, kind, engine, accumulation, strength="0.01", r="4"):
     optimizer = optimizer_of(model)
     steps = [step(kind, i, model, wrapped, reg, optimizer, int(accumulation)) for i in range(STEPS)]
     return {"weights": weights(reg), "steps": steps, "values": reg.values()}
+
+
+def every_layer(folder, strength):
+    """Adam on the layers that language models lack; a task ends inside the wrapper, with the optimizer's parameters."""
+    model = tiny(targets=["tokens", "up", "down", "point"])
+    reg = regularized(model, float(strength))
+    randomise(model, 1)
+    reg.end_task("before")
+    randomise(model, 2)
+    wrapped = ddp(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    for number in range(6):
+        if number == 3:
+            torch.manual_seed(0)
+            reg.end_task("first")
+            randomise(model, 3)
+        optimizer.zero_grad()
+        reg.add_gradient_()
+        own = ids(BATCH, seed=number).chunk(world())[rank()]
+        wrapped(own).square().mean().backward()
+        nn.utils.clip_grad_norm_(trainable(model), CLIP)
+        optimizer.step()
+    return weights(reg)
 
 
 def two_tasks(folder, kind, engine, accumulation, strength="0.01", r="4"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.conftest import ACCUMULATIONS, KINDS, LOOPS, trainers
+from tests.distributed.conftest import ACCUMULATIONS, KINDS, LAYERS, LOOPS, trainers
 from tests.distributed.models import STEPS, difference
 
 AT_FOUR = [(kind, n, "four") for kind in ["llama"] for n in ACCUMULATIONS]
@@ -27,6 +27,14 @@ def test_a_bare_loop_equals_one_process(alone, engine, kind, accumulation, ranks
     for found in request.getfixturevalue(ranks)[f"loops:two_tasks:{kind}:{engine}:{accumulation}:1.0"]:
         check(found, wanted, without)
         assert found["kept"] < 1e-5, "the end of a task changes no output"
+
+
+def test_ddp_of_every_layer_equals_one_process(alone, two):
+    (wanted,), (without,) = (alone[case] for case in LAYERS)
+    first, second = two[LAYERS[0]]
+    assert difference(second, first) == 0
+    assert difference(first, wanted) < 1e-6
+    assert difference(first, without) > 1e-3, "switching the penalty off must be noticed"
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -22,6 +19,7 @@ from ella.checkpoint import PAST_FILE, load_past
 from ella.config import AUTO_LAMBDA, MAX_LAMBDA
 from tests.ella.models import EXPERTS, add_deltas, deltas, ids, randomise, tiny
 from tests.kernels.cases import relative_error
+from tests.processes import killed, started, tail
 
 
 def model_with_past(config=None, tasks=2, size=1.0, **options):
@@ -441,28 +439,25 @@ def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
         assert (tmp_path / PAST_FILE).read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
-KILLED = """
-import sys, torch
-from tests.ella.models import randomise, tiny
-from ella import EllaRegularizer
-model = tiny(); reg = EllaRegularizer(model)
-print("ready", flush=True)
-for task in range(10**6):
-    randomise(model, task); reg.end_task(str(task)); reg.save_pretrained(sys.argv[1])
-"""
+def end_tasks(folder, ready):
+    model = tiny()
+    reg = EllaRegularizer(model)
+    ready.touch()
+    for task in range(10**6):
+        randomise(model, task)
+        reg.end_task(str(task))
+        reg.save_pretrained(folder)
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
+    folder = tmp_path / "state"
     for attempt in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path)],
-            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        process.stdout.readline()
-        while not (tmp_path / PAST_FILE).exists():
+        ready = tmp_path / f"ready {attempt}"
+        process = started(tmp_path / "log", end_tasks, folder, ready)
+        while not (ready.exists() and (folder / PAST_FILE).exists()):
+            assert process.exitcode is None, tail(tmp_path / "log")
             time.sleep(0.01)
         time.sleep(0.05 + 0.037 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        reg = EllaRegularizer.from_pretrained(tiny(), tmp_path)
+        assert killed(process) == -signal.SIGKILL
+        reg = EllaRegularizer.from_pretrained(tiny(), folder)
         assert len(reg.tasks) >= 1 and reg.tasks == [str(i) for i in range(len(reg.tasks))]

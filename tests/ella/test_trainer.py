@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -16,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ella import EllaCallback, EllaConfig, EllaRegularizer, attach
 from tests.ella.models import bert, randomise
+from tests.processes import called
 
 STEPS, ACCUMULATION, BATCH, LR, CLIP = 5, 4, 2, 1e-2, 0.5
 
@@ -193,26 +191,22 @@ def test_several_tasks_through_trainers(tmp_path):
 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
-RESUMED = """
-import sys, torch
-from ella import EllaConfig, EllaRegularizer, attach
-from tests.ella.test_trainer import EXAMPLES, InOrder, arguments, classifier, weights
-folder, checkpoint, out = sys.argv[1:]
-model = classifier()
-reg = EllaRegularizer(model, EllaConfig(ella_lambda=0.02, normalize="rms"))
-trainer = InOrder(model, arguments(folder), train_dataset=EXAMPLES)
-attach(trainer, reg)
-trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
-logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "loss" in entry]
-torch.save({"weights": weights(model), "past": past(reg), "tasks": reg.tasks, "logged": logged}, out)
-""".replace("past(reg)", "{name: layer.tensors() for name, layer in reg.state().layers.items()}")
+
+def resume(folder, checkpoint, out):
+    model = classifier()
+    reg = EllaRegularizer(model, EllaConfig(ella_lambda=0.02, normalize="rms"))
+    trainer = InOrder(model, arguments(folder), train_dataset=EXAMPLES)
+    attach(trainer, reg)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "loss" in entry]
+    past = {name: layer.tensors() for name, layer in reg.state().layers.items()}
+    torch.save({"weights": weights(model), "past": past, "tasks": reg.tasks, "logged": logged}, out)
 
 
-def resumed(folder, checkpoint, out):
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RESUMED, str(folder), str(checkpoint), str(out)]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    return torch.load(out)
+def resumed(tmp_path, checkpoint):
+    """What a fresh process finds."""
+    called(tmp_path / "log", resume, tmp_path, checkpoint, tmp_path / "found.pt")
+    return torch.load(tmp_path / "found.pt")
 
 
 @pytest.mark.parametrize("past_rank", [128, 6])
@@ -224,7 +218,7 @@ def test_a_fresh_process_resumes_within_a_later_task(tmp_path, past_rank):
     trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
     attach(trainer, reg)
     trainer.train()
-    found = resumed(tmp_path, tmp_path / "checkpoint-2", tmp_path / "found.pt")
+    found = resumed(tmp_path, str(tmp_path / "checkpoint-2"))
     assert difference(found["weights"], weights(model)) < 1e-6
     assert found["tasks"] == reg.tasks == ["before", "between"]
     logged = [entry["ella_penalty"] for entry in trainer.state.log_history if "loss" in entry]
@@ -247,7 +241,7 @@ def test_a_fresh_process_resumes_within_the_first_task(tmp_path):
     trainer = InOrder(model, arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=EXAMPLES)
     attach(trainer, reg)
     trainer.train()
-    found = resumed(tmp_path, "last", tmp_path / "found.pt")
+    found = resumed(tmp_path, True)
     assert difference(found["weights"], weights(model)) < 1e-6 and found["tasks"] == []
     # And not into a model that has finished other tasks.
     model, reg = model_with_past()

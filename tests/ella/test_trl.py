@@ -7,8 +7,6 @@ with that; where there is no "ref" it disables the adapters.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +25,7 @@ from trl.trainer.utils import use_adapter
 
 from ella import EllaConfig, EllaRegularizer, attach
 from tests.ella.models import randomise
+from tests.processes import called
 
 STEPS, ACCUMULATION, BATCH = 2, 2, 2
 TASKS = ("first", "second", "third")
@@ -358,10 +357,7 @@ def test_dpo_resumes_in_a_fresh_process(tmp_path):
         trainer.train()
         reg.end_task("first")
         wanted[kind] = train_on(reg, tmp_path / kind / "second")
-    code = f"from tests.ella.test_trl import resume_all; resume_all({str(tmp_path)!r})"
-    root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    called(tmp_path / "log", resume_all, tmp_path)
     for kind, (want, losses) in wanted.items():
         found, again = torch.load(tmp_path / f"{kind}.pt")
         assert found.keys() == want.keys()
