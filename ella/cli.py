@@ -46,12 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="learn four real text tasks one after another, three ways, and report")
+    demo = commands.add_parser("demo", help="learn real text tasks one after another, three ways, and report")
     demo.add_argument("--data", metavar="DIR", help="benchmark folder <group>/<task>/*.json (default: installed code)")
     demo.add_argument("--order", type=_names, help="task names, comma-separated (with --data)")
     demo.add_argument("--seeds", type=_integers, default=(0,), help="comma-separated, or a-b (default 0)")
-    demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 600)")
-    demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 160)")
+    demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 300)")
+    demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 100)")
     demo.add_argument(
         "--ella-lambda", type=_strength, default="auto", metavar="X", help="of the penalty (default auto)"
     )

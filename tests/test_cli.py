@@ -85,10 +85,11 @@ def test_demo_on_installed_code(cli, tmp_path):
     # Three methods read the same texts: what is cut is said once.
     said = err.splitlines()
     assert len(set(said)) == len(said) and all("are longer than the 46 tokens" in line for line in said)
-    tasks = ("library", "exception", "type", "section")
+    questions = ("library", "exception", "type", "section")
+    tasks = [f"{question} {half}" for half in (1, 2) for question in questions]
     data = assert_report(out_dir, ("seqlora", "inclora", "ella"), tasks)
     for run in data["runs"]:
-        assert [task["steps"] for task in run["tasks"]] == [1] * 4
+        assert [task["steps"] for task in run["tasks"]] == [1] * 8
     ella = data["arms"]["ella"]
     assert 0 < ella["penalty_share"] < 1 and 0 < ella["state_bytes"] < ella["dense_bytes"]
     assert ella["layers"] == 12 and ella["dense_bytes"] == 12 * 4 * 384 * 384
@@ -96,8 +97,8 @@ def test_demo_on_installed_code(cli, tmp_path):
     for title in ("SeqLoRA\n", "IncLoRA\n", "ELLA\n", "OA", "BWT", "dense float32"):
         assert title in out, title
     assert re.search(r"the penalty takes \d+\.\d % of a \d+ ms step", out)
-    assert out.count("after exception") == 3 and str(out_dir / "report.html") in out
-    assert "section 8/8, 6 classes" in data["notes"]["examples (train/test)"]
+    assert out.count("after exception 2") == 3 and str(out_dir / "report.html") in out
+    assert "section 2 8/8, 3 classes" in data["notes"]["examples (train/test)"]
 
 
 def test_demo_on_a_benchmark_folder(cli, tmp_path):

@@ -151,6 +151,26 @@ class Task:
             test=_balanced(self.test, self.labels, test, f"{self.name}/test/{seed}"),
         )
 
+    def split_classes(self, parts: int) -> list[Task]:
+        """``parts`` tasks of two classes or more: the classes are dealt to them in turn, each with all its records.
+
+        They are called as this one and numbered from 1. Raises :class:`TaskError` for fewer than two classes a part.
+        """
+        check_count("parts", parts)
+        if len(self.labels) < 2 * parts:
+            found = f"task {self.name!r} has {len(self.labels)} classes"
+            raise TaskError(f"{found}; expected at least {2 * parts} for {parts} tasks of two or more")
+        dealt = [self.labels[part::parts] for part in range(parts)]
+        return [
+            Task(
+                f"{self.name} {part}",
+                *(tuple(r for r in records if r["label"] in labels) for records in (self.train, self.test)),
+                labels,
+                tuple(r for r in self.dev if r["label"] in labels),
+            )
+            for part, labels in enumerate(dealt, 1)
+        ]
+
     def fingerprint(self) -> str:
         """A hash of everything a run depends on: labels and all records of train and test, in order."""
         return _fingerprint([self.name, self.labels], ("sentence", "label"), self.train, self.test)

@@ -234,6 +234,24 @@ def test_a_size_that_is_no_count_is_named(split, size):
         uneven().subset(**{split: size})
 
 
+def test_classes_are_dealt_to_tasks():
+    labels = ("a", "b", "c", "d", "e")
+    rows = tuple({"sentence": f"{k} {i}", "label": k} for i in range(3) for k in labels)
+    task = Task("five", rows, rows[5:], labels, rows[10:])
+    first, second = task.split_classes(2)
+    assert (first.name, first.labels, second.name, second.labels) == ("five 1", ("a", "c", "e"), "five 2", ("b", "d"))
+    for split in ("train", "dev", "test"):
+        given = getattr(task, split)
+        for part in (first, second):
+            assert getattr(part, split) == tuple(row for row in given if row["label"] in part.labels)
+    (alone,) = task.split_classes(1)
+    assert (alone.labels, alone.train) == (task.labels, task.train)
+    with pytest.raises(TaskError, match="task 'five' has 5 classes; expected at least 6 for 3 tasks of two or more"):
+        task.split_classes(3)
+    with pytest.raises(ValueError, match="parts is 0; expected an integer of at least 1"):
+        task.split_classes(0)
+
+
 def test_fingerprints_see_every_change():
     task = uneven()
     swapped = Task(task.name, task.train[::-1], task.test, task.labels)
