@@ -18,10 +18,10 @@ __all__ = ["REPORTS", "section"]
 #: Heading and folder of every report that the README shows: report.json, and report.md to read.
 REPORTS = (
     ("Standard orders 1 to 3, 1000 training examples a task, rate falling linearly", "continual_standard"),
-    ("Standard orders 1 to 3, constant rate", "continual_constant"),
+    ("Standard orders 1 to 3, constant rate (standard-constant.yaml, then called standard.yaml)", "continual_constant"),
     ("Orders 4 and 6, the 12 of their 15 tasks at hand, 400 training examples, constant rate", "continual_long"),
-    ("Every method, order 1, with a constant rate", "continual_methods"),
-    ("`make demo`: four questions about installed code, 600 training examples each", "continual_demo"),
+    ("Every method, order 1, with a constant rate (standard-constant.yaml and methods.yaml)", "continual_methods"),
+    ("`make demo`: four questions about installed code in two halves each, 300 training examples a task", "continual_demo"),
 )
 
 
