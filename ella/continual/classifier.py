@@ -7,11 +7,12 @@ any labels in the same parameters, which is what a continual stream needs.
 
 from __future__ import annotations
 
+import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -66,6 +67,17 @@ class EncodedTask:
         yield from batches
 
 
+def _own_settings(lora: Any) -> dict[str, Any]:
+    """What a ``LoraConfig`` sets otherwise than PEFT does, of what shapes the adapter and is not named on its own."""
+    plain = type(lora)()
+    named = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+    # Where it is from and what it is used for.
+    apart = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+    found = {f.name: getattr(lora, f.name) for f in fields(lora) if f.name not in named | apart}
+    values = {name: value for name, value in found.items() if value != getattr(plain, name)}
+    return json.loads(json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
 class TextClassifier(ABC):
     """A PEFT model, its tokenizer, and how the two classify text.
 
@@ -100,6 +112,12 @@ class TextClassifier(ABC):
             if tokenizer.eos_token_id is None:
                 raise ValueError("the tokenizer has neither a pad nor an eos token; set tokenizer.pad_token")
             tokenizer.pad_token = tokenizer.eos_token
+        rows = len(model.get_input_embeddings().weight)
+        if tokenizer.pad_token_id >= rows:
+            raise ValueError(
+                f"the tokenizer pads with token {tokenizer.pad_token_id}, but the model has {rows} embeddings: set "
+                "tokenizer.pad_token to one that it has, or call resize_token_embeddings before get_peft_model"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.adapter_name, self.keep_ends = max_length, adapter_name, keep_ends
         self.positions = positions
@@ -162,6 +180,7 @@ class TextClassifier(ABC):
             "target_modules": targets if isinstance(targets, str) else sorted(targets),
             "max_length": self.max_length,
             "keep_ends": self.keep_ends,
+            "lora": _own_settings(lora),
         }
 
     def _checked(self, tokens: list[list[int]], texts: Sequence[str]) -> list[list[int]]:

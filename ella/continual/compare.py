@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import re
 import signal
@@ -26,8 +27,8 @@ from .environment import environment
 from .general import General, check_general
 from .report import render_text, title_of, write_report
 from .running import one_run
-from .state import StreamState
-from .stream import StreamConfig, StreamResult, run_stream
+from .state import StreamState, completed
+from .stream import StreamConfig, StreamResult, run_stream, training_settings
 from .tasks import AnyTask
 from .tracking import Tracker, check_integrations, make_stores
 from .workers import Failure, in_processes, prepare_process
@@ -271,7 +272,7 @@ class _Grid:
         if not self.done or not cells:
             return ""
         # As recorded: one that was finished before counts with the time it took then.
-        mean = math.fsum(_seconds(result) for result in self.done.values()) / len(self.done)
+        mean = math.fsum(result.seconds for result in self.done.values()) / len(self.done)
         return f", about {_duration(mean * math.ceil(cells / self.jobs))} left"
 
     def results(self) -> list[StreamResult]:
@@ -328,14 +329,21 @@ def _worker(source: Source, threads: int, report_to: Sequence[str]) -> Callable[
 
 
 def share_alone(results: Sequence[StreamResult]) -> None:
-    """Give all results the scores of training alone that one of the same order and seed has."""
+    """Give all results the scores of training alone that one of the same order, seed and training settings has."""
+
+    plain = StreamConfig().to_dict()  # for what a run saved earlier lacks
+
+    def key(result: StreamResult) -> tuple[str, int, str]:
+        training = json.dumps(training_settings(completed(result.config, plain)), sort_keys=True)
+        return result.config["order"], result.seed, training
+
     alone = {
-        (result.config["order"], result.seed): [row[j] for j, row in enumerate(result.matrix.rows)]
+        key(result): [row[j] for j, row in enumerate(result.matrix.rows)]
         for result in results
         if result.config["arm"] == "alone"
     }
     for result in results:
-        result.matrix.alone = alone.get((result.config["order"], result.seed))
+        result.matrix.alone = alone.get(key(result))
 
 
 def _file_name(text: str) -> str:
@@ -365,10 +373,6 @@ def check_arms(arms: Sequence[str], seeds: Sequence[int]) -> None:
     for name, values in (("arms", arms), ("seeds", seeds)):
         if not values or distinct[name] != len(values):
             raise ValueError(f"{name} must be at least one and distinct, found {list(values)}")
-
-
-def _seconds(result: StreamResult) -> float:
-    return math.fsum(task["seconds"] + task["evaluation_seconds"] for task in result.tasks)
 
 
 def _duration(seconds: float) -> str:

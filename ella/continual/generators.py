@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,26 @@ class LabelGenerator(TextClassifier):
         return score(task.metric, task.prompts, self.write(task, batch_size), answers)
 
     @torch.no_grad()
+    @contextmanager
+    def _plain_generation(self) -> Iterator[None]:
+        """Answers end as they were trained to, and nothing is forced or penalised, whatever the model's own settings
+        for generation say: what they leave unset, transformers takes from the model."""
+        from transformers import GenerationConfig
+
+        own = self.model.generation_config
+        plain = GenerationConfig(
+            do_sample=False, num_beams=1, eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id, bos_token_id=own.bos_token_id,
+            decoder_start_token_id=own.decoder_start_token_id,
+        )  # fmt: skip
+        base = self.model.get_base_model()
+        of_base = base.generation_config
+        self.model.generation_config = base.generation_config = plain
+        try:
+            yield
+        finally:
+            self.model.generation_config, base.generation_config = own, of_base
+
     def write(self, task: EncodedTask, batch_size: int = 32) -> list[str]:
         """What the model answers to every record, greedily.
 
@@ -218,17 +239,13 @@ class LabelGenerator(TextClassifier):
                 finite.append(scores.amax(-1).isfinite())  # NaN if one is; -inf alone bars a token
                 return scores
 
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=task.new_tokens,
-                do_sample=False,
-                num_beams=1,
-                # What the answers were trained to end with, whatever the model's own settings say.
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=[watch],
-            )
+            with self._plain_generation():
+                output = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=task.new_tokens,
+                    logits_processor=[watch],
+                )
             if finite:
                 self._refuse_unless(torch.stack(finite).all(0), task, rows)
             new = output if self.seq2seq else output[:, ids.shape[1] :]

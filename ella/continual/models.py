@@ -167,7 +167,13 @@ def build_classifier(
     if kind == "auto":
         written_by = (getattr(config, "architectures", None) or [""])[0]
         is_decoder = written_by.endswith(("ForCausalLM", "LMHeadModel"))
+        if written_by.endswith("ForConditionalGeneration") and not config.is_encoder_decoder:
+            raise ValueError(
+                f"{path} is a {written_by}, which may be used as either: set kind to 'causal' or 'encoder'"
+            )
         kind = "seq2seq" if config.is_encoder_decoder else "causal" if is_decoder else "encoder"
+    if kind == "encoder" and config.is_encoder_decoder:
+        raise ValueError(f"{path} has an encoder and a decoder, which are not one encoder; set kind to 'seq2seq'")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
     base = getattr(transformers, KINDS[kind]).from_pretrained(path, dtype=torch_dtype, **local).to(device)
     settings = asdict(lora or LoraSettings())

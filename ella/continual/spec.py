@@ -6,7 +6,7 @@ known ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,13 @@ class LoadedTasks:
     tasks: dict[str, AnyTask]
     orders: dict[str, tuple[str, ...]]
     left_out: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for order, names in self.orders.items():
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                of = f" of order {order!r}" if order else ""
+                raise TaskError(f"tasks{of}: {repeated} stand more than once; expected tasks of different names")
 
 
 @dataclass(frozen=True)
@@ -184,8 +191,11 @@ class StreamSpec:
 
     def tasks_of(self, cell: Cell) -> list[AnyTask]:
         """The tasks of a cell, each with the examples that the seed draws."""
+        return self._sized(cell.tasks, cell.config.seed)
+
+    def _sized(self, names: Iterable[str], seed: int) -> list[AnyTask]:
         sizes = self.tasks.train_examples, self.tasks.test_examples
-        return [self.loaded.tasks[name].subset(*sizes, cell.config.seed) for name in cell.tasks]
+        return [self.loaded.tasks[name].subset(*sizes, seed) for name in names]
 
     def chosen(
         self,
@@ -218,8 +228,17 @@ class StreamSpec:
         return replace(self, arms=tuple(arm for arm in self.arms if arm.name in labels), seeds=seeds, tasks=tasks)
 
     def notes(self) -> dict[str, str]:
-        """What a report says of the model and of the tasks that ran."""
-        notes = {"model": self.model.path or "the packaged MiniLM"}
+        """What a report says of the model, of the adapter and of the tasks that ran."""
+        targets, model = self.lora.target_modules, self.model
+        where = ", ".join([targets] if isinstance(targets, str) else targets) if targets else "its default modules"
+        longest = f"at most {model.max_length} tokens a text, {model.dtype}"
+        notes = {
+            "model": f"{model.path or 'the packaged MiniLM'}, kind {model.kind}, {longest}",
+            "adapter": f"LoRA r = {self.lora.r}, α = {self.lora.alpha:g}, dropout {self.lora.dropout:g}, on {where}",
+            "examples (train/test)": "; ".join(
+                f"{task.name} {len(task.train)}/{len(task.test)}" for task in self._sized(self.loaded.tasks, 0)
+            ),
+        }
         for order, names in self.loaded.orders.items():
             missing = self.loaded.left_out.get(order)
             without = f"; without {', '.join(missing)}, not there" if missing else ""
@@ -287,11 +306,17 @@ def parse_spec(data: Any, base: Path = Path()) -> StreamSpec:
     own = {"ella": _build(EllaConfig, data.get("ella"), "ella"), "general": _general(data.get("general"))}
     config = _build(StreamConfig, training | own, "training")
     arms = _arms(data.get("arms", ["ella"]), config)
+    lora = _build(LoraSettings, lora_data, "lora")
+    if lora.dropout and not any(arm.dropout for arm in arms):
+        raise SpecError(
+            f"lora.dropout is {lora.dropout}, but training.dropout is false: nothing would be dropped; set "
+            "training.dropout: true, or leave lora.dropout out"
+        )
     seeds = _list(data.get("seeds", [0]), int, "seeds")
     _distinct(seeds, "seeds")
     return StreamSpec(
         model=_build(ModelSettings, data.get("model"), "model"),
-        lora=_build(LoraSettings, lora_data, "lora"),
+        lora=lora,
         tasks=tasks,
         config=config,
         arms=tuple(arms),

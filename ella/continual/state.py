@@ -107,7 +107,7 @@ class StreamState:
             raise ValueError(f"{self.folder} has no finished task to load an adapter of")
         path = self.folder / self._current / ADAPTER
         tensors = self._read(path)
-        own = _adapter_parameters(model, adapter_name)
+        own = adapter_parameters(model, adapter_name)
         if own.keys() != tensors.keys():
             raise ValueError(f"{path}: saved adapter has other parameters: {sorted(own.keys() ^ tensors.keys())[:8]}")
         for name, parameter in own.items():
@@ -139,7 +139,7 @@ class StreamState:
     def save(self, index: int, name: str, result: dict[str, Any], arm: Saved) -> None:
         """Save the state after task ``index``; the previous task's folder is deleted once this one is in place."""
         make_folder(self.folder)
-        adapter, own = _adapter_parameters(arm.model, arm.adapter), arm.tensors()
+        adapter, own = adapter_parameters(arm.model, arm.adapter), arm.tensors()
         with one_writer(self.folder):
             self._sweep()
             final = self._free(f"after-{index + 1}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:100]}")
@@ -212,8 +212,10 @@ def _is_own(path: Path) -> bool:
     return re.fullmatch(_STATE, path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
-def _adapter_parameters(model: Any, adapter_name: str) -> dict[str, Any]:
-    return {name: p for name, p in model.named_parameters() if f".{adapter_name}." in name and "lora_" in name}
+def adapter_parameters(model: Any, adapter_name: str) -> dict[str, Any]:
+    """What is saved of an adapter, by name."""
+    # The factors of an embedding are parameters themselves: "lora_embedding_A.default", with nothing after it.
+    return {n: p for n, p in model.named_parameters() if f".{adapter_name}." in f"{n}." and "lora_" in n}
 
 
 def completed(saved: Any, defaults: Any) -> Any:

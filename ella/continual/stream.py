@@ -31,7 +31,7 @@ from .environment import source_commit
 from .first import FirstTask
 from .general import General, check_general
 from .metrics import NAN, AccuracyMatrix
-from .state import StreamState
+from .state import StreamState, adapter_parameters
 from .tasks import AnyTask, TextTask
 from .tracking import Tracker
 
@@ -130,12 +130,13 @@ class StreamResult:
     """What a run leaves: the matrix, one dict per task of costs and losses, and the sizes of the past.
 
     ``tasks[i]`` holds ``name``, ``steps``, ``seconds`` (training), ``penalty_seconds``, ``loss`` and ``penalty``
-    (means over the last fifth of the steps), ``evaluation_seconds``, ``state_bytes`` (what is carried on after it),
-    ``peak_bytes`` (of the GPU, else of the process), and for methods with a past ``interference``,
-    ``‖ΔW ⊙ W_past‖_F²`` of its update by layer, normalised as ``ella`` says. ``state_bytes`` are those after the last
-    task, ``dense_bytes`` what a float32 (out, in) past of the same layers would take. ``general`` holds the scores
-    "before" the first task and "after" the last, by task of lm-eval, where they were asked for. ``commits`` are those
-    of the source checkout that trained it, several where it was resumed at another; empty for an installed package.
+    (means over the last fifth of the steps), ``method_seconds`` (what the method does before and after the task),
+    ``evaluation_seconds``, ``state_bytes`` (what is carried on after it), ``peak_bytes`` (of the GPU, else of the
+    process), and for methods with a past ``interference``, ``‖ΔW ⊙ W_past‖_F²`` of its update by layer, normalised as
+    ``ella`` says. ``state_bytes`` are those after the last task, ``dense_bytes`` what a float32 (out, in) past of the
+    same layers would take. ``general`` holds the scores "before" the first task and "after" the last, by task of
+    lm-eval, where they were asked for. ``commits`` are those of the source checkout that trained it, several where it
+    was resumed at another; empty for an installed package.
     """
 
     config: dict[str, Any]
@@ -155,6 +156,11 @@ class StreamResult:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def seconds(self) -> float:
+        """Of training, evaluation and what the method does between tasks, which runs saved before lack."""
+        return math.fsum(t["seconds"] + t["evaluation_seconds"] + t.get("method_seconds", 0.0) for t in self.tasks)
 
     def penalty_share(self) -> float:
         """Penalty time over step time, over the tasks that had a past; NaN when there were none."""
@@ -214,6 +220,13 @@ def run_stream(
     if past_of(classifier.model, classifier.adapter_name) is not None:
         raise ValueError("the classifier already carries a past; build a fresh one for every run")
 
+    others = _trained_beside(classifier)
+    if others:
+        raise ValueError(
+            f"the model trains {others[:4]} ({len(others)} in all) beside the adapter {classifier.adapter_name!r}; a "
+            "stream saves and resets the adapter's factors only: leave out modules_to_save and bias, freeze the rest"
+        )
+
     run: dict[str, Any] = {
         "config": config.identity(),
         "model": classifier.describe(),
@@ -230,7 +243,7 @@ def run_stream(
     known = untrained, general_before
     if out_dir is None:
         return _run_tasks(classifier, tasks, config, None, first, known, progress, tracker, on_task_end)
-    state = StreamState(out_dir, run, {"config": StreamConfig(arm=config.arm).identity()})
+    state = StreamState(out_dir, run, {"config": StreamConfig(arm=config.arm).identity(), "model": {"lora": {}}})
     with state.running():
         return _run_tasks(classifier, tasks, config, state, first, known, progress, tracker, on_task_end)
 
@@ -279,7 +292,9 @@ def _run_tasks(
         result.commits.append(commit)
     for index in range(len(result.tasks), len(tasks)):
         task = tasks[index]
+        start = time.perf_counter()
         arm.before_task(index)
+        method_seconds = time.perf_counter() - start
         label = f"{config.name}/{config.seed} {index + 1}/{len(tasks)} {task.name}"
         record = {"name": task.name} | _trained(
             arm, first if index == 0 else None, config, index, label, progress, tracker
@@ -289,7 +304,9 @@ def _run_tasks(
         interference = arm.interference(index)
         if interference is not None:
             record["interference"] = interference
+        start = time.perf_counter()
         arm.after_task(index, task.name)
+        record["method_seconds"] = method_seconds + time.perf_counter() - start
         start = time.perf_counter()
         result.matrix.add_row(_evaluate(arm, result.matrix, test, config, index))
         record |= {
@@ -311,6 +328,12 @@ def _run_tasks(
         if state:
             state.save(len(tasks) - 1, names[-1], result.to_dict(), arm)
     return result
+
+
+def _trained_beside(classifier: TextClassifier) -> list[str]:
+    """Names of what is trained and is not the adapter's."""
+    own = adapter_parameters(classifier.model, classifier.adapter_name)
+    return [name for name, p in classifier.model.named_parameters() if p.requires_grad and name not in own]
 
 
 class _Encoded:

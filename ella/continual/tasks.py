@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -121,7 +122,12 @@ class Task:
         own = {split: _class_names(rows, label_column) for split, rows in given.items()}
         names = own["train"]
         if labels is not None:
-            names = [str(label) for label in labels]
+            for label in labels:
+                if not isinstance(label, str):
+                    raise TaskError(
+                        f"task {name!r}: label {label!r} is no text; expected the name of each class in order"
+                    )
+            names = list(labels)
             own = _renamed(own, names)
         splits = {
             split: tuple(
@@ -160,15 +166,14 @@ class Task:
         if len(self.labels) < 2 * parts:
             found = f"task {self.name!r} has {len(self.labels)} classes"
             raise TaskError(f"{found}; expected at least {2 * parts} for {parts} tasks of two or more")
+
+        def of(labels: tuple[str, ...], records: tuple[Record, ...]) -> tuple[Record, ...]:
+            return tuple(record for record in records if record["label"] in labels)
+
         dealt = [self.labels[part::parts] for part in range(parts)]
         return [
-            Task(
-                f"{self.name} {part}",
-                *(tuple(r for r in records if r["label"] in labels) for records in (self.train, self.test)),
-                labels,
-                tuple(r for r in self.dev if r["label"] in labels),
-            )
-            for part, labels in enumerate(dealt, 1)
+            Task(f"{self.name} {part}", of(own, self.train), of(own, self.test), own, of(own, self.dev))
+            for part, own in enumerate(dealt, 1)
         ]
 
     def fingerprint(self) -> str:
@@ -209,6 +214,11 @@ class TextTask:
             if not records and split != "dev":
                 raise TaskError(f"task {self.name!r} has an empty {split} split; expected at least one record")
             _check_records(records, ("prompt", "answer"), f"task {self.name!r}, {split}")
+        if self.metric == "rouge-l" and not any(re.search("[a-zA-Z0-9]", record["answer"]) for record in self.test):
+            raise TaskError(
+                f"task {self.name!r} is scored by 'rouge-l', which compares words of a-z and 0-9, and no answer has "
+                "one; take 'edit' or 'exact'"
+            )
 
     def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> TextTask:
         """At most ``train`` and ``test`` records, drawn by ``seed`` (same seed, same records)."""

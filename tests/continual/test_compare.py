@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 
 from ella.config import EllaConfig
-from ella.continual.compare import Cell, CellsFailed, check_cells, compare_arms, render_text, run_cells
+from ella.continual.compare import Cell, CellsFailed, check_cells, compare_arms, render_text, run_cells, share_alone
+from ella.continual.metrics import AccuracyMatrix
 from ella.continual.models import LoraSettings, build_classifier
 from ella.continual.spec import parse_spec
-from ella.continual.stream import StreamConfig
+from ella.continual.stream import StreamConfig, StreamResult
 
 from . import tiny
 from .test_report import assert_self_contained
@@ -51,6 +52,22 @@ def compare(bert, tmp_path):
 
     run.folder, run.built, run.draws = tmp_path, built, draws
     return run
+
+
+def test_training_alone_is_of_the_same_training():
+    def result(arm, label, own, **changes):
+        matrix = AccuracyMatrix(["a", "b"], untrained=[0.0, 0.0])
+        for row in ([own, 0.0], [own, own]):
+            matrix.add_row(row)
+        return StreamResult(StreamConfig(arm=arm, label=label, **changes).to_dict(), matrix)
+
+    short, long = result("alone", "", 50.0), result("alone", "alone long", 90.0, epochs=6)
+    other, longer = result("seqlora", "", 40.0), result("seqlora", "long", 80.0, epochs=6)
+    slower = result("seqlora", "slow", 30.0, learning_rate=1e-4)
+    del other.config["lr_scheduler_type"]  # as one saved before there was a choice
+    for results in ([short, long, other, longer, slower], [other, longer, slower, long, short]):
+        share_alone(results)
+        assert (other.matrix.alone, longer.matrix.alone, slower.matrix.alone) == ([50.0, 50.0], [90.0, 90.0], None)
 
 
 def test_all_arms_and_two_seeds(compare):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ella.continual.models import (
     EncoderClassifier,
@@ -281,6 +284,43 @@ def test_batched_generation_equals_one_by_one_and_by_hand(generator, words, monk
         by_hand = {i: greedy_by_hand(generator, task.tokens[i], longest) for i in range(len(task))}
     assert len({tuple(ids) for ids in by_hand.values()}) > 2  # the model tells the prompts apart
     assert together == alone == by_hand
+
+
+def test_the_models_own_settings_for_generation_change_no_answer(generator, words):
+    task = generator.encode(words.train, words.labels)
+    wanted = generator.write(task)
+    assert len(set(wanted)) > 2
+    own = generator.model.generation_config
+    changed = {"min_length": 40, "no_repeat_ngram_size": 1, "repetition_penalty": 5.0, "num_beams": 3}
+    before = {name: getattr(own, name) for name in changed}
+    try:
+        own.update(**changed)
+        assert generator.write(task) == wanted
+        # And they are the model's again.
+        assert generator.model.generation_config is own and own.min_length == 40
+    finally:
+        own.update(**before)
+
+
+def test_kinds_that_a_model_is_not_of_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has an encoder and a decoder, .* set kind to 'seq2seq'"):
+        build_classifier(tiny.save_t5(tmp_path / "t5"), kind="encoder")
+    folder = tiny.save_llama(tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Gemma3ForConditionalGeneration"]}))
+    with pytest.raises(ValueError, match="may be used as either: set kind to 'causal' or 'encoder'"):
+        build_classifier(folder)
+
+
+def test_a_pad_token_that_the_model_lacks_is_named(tmp_path):
+    folder = tiny.save_gpt2(tmp_path, 64)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(task_type="CAUSAL_LM"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    with pytest.raises(
+        ValueError, match=r"pads with token \d+, but the model has \d+ embeddings: set tokenizer.pad_token"
+    ):
+        LabelGenerator(model, tokenizer, max_length=32)
 
 
 def test_generated_text_is_matched(generator, words, monkeypatch):

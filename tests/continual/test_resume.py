@@ -149,6 +149,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path, bert):
     lower.tokenizer.backend_tokenizer.normalizer = Lowercase()
     assert len(lower.tokenizer) == len(build().tokenizer)
     refused("model.tokenizer_fingerprint was", lower)
+    rescaled = build()
+    rescaled.model.peft_config["default"].use_rslora = True
+    rescaled.model.peft_config["default"].alpha_pattern = {"query": 64}
+    refused("model.lora.alpha_pattern was", rescaled)
+    refused("model.lora.use_rslora was", rescaled)
     refused(r"order was \['things', 'beings'\], now \['beings', 'things'\]", tasks=tasks[::-1])
     refused("tasks.beings was", tasks=[tasks[0], tasks[1].subset(train=6)])
     assert (tmp_path / "progress.json").read_bytes() == before
@@ -165,7 +170,7 @@ def test_a_run_saved_before_there_was_a_choice_goes_on(tmp_path, bert):
     saved = json.loads(path.read_text())
     for name in ("lr_scheduler_type", "general"):
         del saved["run"]["config"][name]
-    del saved["run"]["config"]["ella"]["penalty_energies"]
+    del saved["run"]["config"]["ella"]["penalty_energies"], saved["run"]["model"]["lora"]
     path.write_text(json.dumps(saved))
     assert run().matrix.rows == first
     # As it stood then, and not otherwise.

@@ -19,6 +19,25 @@ def names(spec) -> list[str]:
     return [arm.name for arm in spec.arms]
 
 
+def test_tasks_of_one_name_are_refused_before_anything_runs(tmp_path):
+    write_task(tmp_path / "a/things")
+    for tasks in (
+        {"benchmark": ".", "order": ["things", "THINGS"]},
+        {"folders": ["a/things", "a/things/"]},
+    ):
+        with pytest.raises((TaskError, SpecError), match="stand more than once"):
+            parse_spec({"tasks": tasks}, tmp_path).loaded  # noqa: B018
+
+
+def test_notes_say_what_ran(tmp_path):
+    write_task(tmp_path / "a/things")
+    data = {"tasks": {"folders": ["a/things"], "train_examples": 2}, "lora": {"r": 4, "target_modules": ["query"]}}
+    notes = parse_spec(data | {"model": {"max_length": 32}}, tmp_path).notes()
+    assert "at most 32 tokens a text, float32" in notes["model"]
+    assert notes["adapter"] == "LoRA r = 4, α = 16, dropout 0, on query"
+    assert notes["examples (train/test)"].startswith("things 2/")
+
+
 def test_the_example_loads():
     spec = load_spec(EXAMPLE)
     assert names(spec) == ["inclora", "ella"] and spec.seeds == (0,) and spec.out == "stream_out"
@@ -219,6 +238,7 @@ GOOD = {"tasks": {"docstrings": ["numpy"]}}
         ({**GOOD, "lora": {"alpha": float("nan")}}, "^lora.alpha is nan; expected a finite number above 0$"),
         ({**GOOD, "lora": {"alpha": 0}}, "^lora.alpha is 0.0; expected a finite number above 0$"),
         ({**GOOD, "lora": {"alpha": 10**400}}, "^lora.alpha: expected a number, found 1000"),
+        ({**GOOD, "lora": {"dropout": 0.1}}, "lora.dropout is 0.1, but training.dropout is false: nothing would be"),
         ({**GOOD, "lora": {"dropout": 1}}, "^lora.dropout is 1.0; expected a finite number of at least 0 and below 1$"),
         ({**GOOD, "lora": {"dropout": -0.1}}, "^lora.dropout is -0.1; expected"),
         ({**GOOD, "lora": {"target_modules": ""}}, "^lora.target_modules is ''; expected names of modules"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
 
 from ella.acting import TASK
 from ella.config import EllaConfig
+from ella.continual.arms.ewc import Ewc
 from ella.continual.first import FirstTask
 from ella.continual.models import EncoderClassifier, LoraSettings, build_classifier
 from ella.continual.stream import StreamConfig, StreamResult, run_stream, task_seed
@@ -393,6 +398,51 @@ def test_the_first_task_is_trained_once(bert, arms, tmp_path):
         assert [t["loss"] for t in result.tasks] == [t["loss"] for t in whole.tasks]
         assert len(shared.rows) == (2 * STEPS if arm == "seqlora" else STEPS)
     assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_the_first_task_of_an_adapter_on_embeddings_is_kept_whole(bert, tmp_path):
+    """PEFT's factors of an embedding are parameters without a module of their own."""
+
+    def built():
+        return build_classifier(bert, lora=LoraSettings(r=4, alpha=8, target_modules=("query", "word_embeddings")))
+
+    config = replace(CONFIG, arm="seqlora", learning_rate=5e-2)
+    whole = run_stream(built(), TASKS, config, progress=False)
+    for _ in range(2):  # trained, and then taken
+        result = run_stream(built(), TASKS, config, first_dir=tmp_path, progress=False)
+        assert result.matrix.to_dict() == whole.matrix.to_dict()
+        assert [t["loss"] for t in result.tasks] == [t["loss"] for t in whole.tasks]
+    (kept,) = tmp_path.glob("*/after-*/adapter.safetensors")
+    embedded = {name: t for name, t in load_file(kept).items() if "lora_embedding" in name}
+    assert len(embedded) == 2 and all(t.any() for t in embedded.values())
+
+
+def test_what_is_trained_beside_the_adapter_is_refused(bert):
+    model = AutoModel.from_pretrained(bert)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["query"], modules_to_save=["LayerNorm"]))
+    classifier = EncoderClassifier(adapted, AutoTokenizer.from_pretrained(bert), max_length=16)
+    with pytest.raises(ValueError, match=r"the model trains \['.*LayerNorm.*leave out modules_to_save and bias"):
+        run_stream(classifier, TASKS, CONFIG, progress=False)
+
+
+@pytest.mark.parametrize("arm", ["ella", "inclora", "lines"])
+def test_a_past_that_nobody_merges_is_refused(arm):
+    with pytest.raises(ValueError, match=r"keep_past is 'external'.*expected 'adapter' or 'merge'"):
+        StreamConfig(arm=arm, settings={"keep_past": "external"})
+    StreamConfig(arm="seqlora", ella=EllaConfig(keep_past="external"))
+
+
+def test_what_a_method_does_between_tasks_counts(bert, monkeypatch):
+    config = replace(CONFIG, arm="ewc", settings={"fisher_batches": 2})
+    after = Ewc.after_task
+    monkeypatch.setattr(Ewc, "after_task", lambda *given: (time.sleep(0.2), after(*given)))
+    result = run_stream(build_classifier(bert, lora=LoraSettings(r=4)), TASKS, config, progress=False)
+    between = [task["method_seconds"] for task in result.tasks]
+    assert all(seconds >= 0.2 for seconds in between)
+    rest = sum(task["seconds"] + task["evaluation_seconds"] for task in result.tasks)
+    assert result.seconds == pytest.approx(rest + sum(between))
+    del result.tasks[0]["method_seconds"]  # as a run saved before there was one
+    assert result.seconds == pytest.approx(rest + sum(between[1:]))
 
 
 def test_a_first_task_that_others_may_be_reading_stays(bert, tmp_path):

@@ -234,6 +234,11 @@ def test_a_size_that_is_no_count_is_named(split, size):
         uneven().subset(**{split: size})
 
 
+def test_labels_are_texts():
+    with pytest.raises(TaskError, match="task 'rated': label 1 is no text; expected the name of each class in order"):
+        Task.from_records("rated", [{"sentence": "good", "label": 0}], [{"sentence": "bad", "label": 0}], labels=[1, 0])
+
+
 def test_classes_are_dealt_to_tasks():
     labels = ("a", "b", "c", "d", "e")
     rows = tuple({"sentence": f"{k} {i}", "label": k} for i in range(3) for k in labels)

@@ -30,6 +30,13 @@ def swapped(name: str, metric: str, n: int = 12, **options) -> TextTask:
     return TextTask(name, tuple(drawn[:n]), tuple(drawn[n:]), metric, **options)
 
 
+def test_rouge_refuses_answers_without_words_that_it_reads():
+    records = ({"prompt": "天气?", "answer": "今天天气很好"},)
+    with pytest.raises(TaskError, match="'rouge-l', which compares words of a-z and 0-9, and no answer has one"):
+        TextTask("weather", records, records, "rouge-l")
+    TextTask("weather", records, records, "edit")
+
+
 def write_trace_task(folder: Path, **splits) -> Path:
     folder.mkdir(parents=True)
     for name, value in {"train": RECORDS, "eval": RECORDS[:2], "test": RECORDS[:4], **splits}.items():

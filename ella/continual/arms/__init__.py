@@ -59,4 +59,6 @@ def arm_settings(name: str, values: Mapping[str, Any], ella: EllaConfig) -> tupl
     if unknown:
         raise ValueError(f"arm {name!r} has no settings {unknown}; known are {sorted(own | set(kind.ella_fields))}")
     settings = kind.Settings(**{key: value for key, value in values.items() if key in own})
-    return settings, replace(ella, **{key: value for key, value in values.items() if key not in own})
+    ella = replace(ella, **{key: value for key, value in values.items() if key not in own})
+    kind.check(ella)
+    return settings, ella

@@ -149,6 +149,10 @@ class Arm:
         return sum(4 * layer.n_parts * math.prod(layer.shape) for layer in layers), len(layers)
 
     @classmethod
+    def check(cls, ella: EllaConfig) -> None:
+        """Raises ValueError for what the method cannot run with."""
+
+    @classmethod
     def identity(cls, settings: Any, ella: EllaConfig) -> dict[str, Any]:
         """What the method's numbers depend on: a run continues under another λ if its method has none."""
         values = ella.to_dict()
@@ -159,6 +163,14 @@ class FoldingArm(Arm):
     """A fresh adapter per task, folded at its end into the past that acts on in the forward."""
 
     ella_fields: ClassVar[tuple[str, ...]] = ("past_rank", "keep_past")
+
+    @classmethod
+    def check(cls, ella: EllaConfig) -> None:
+        if ella.keep_past == "external":
+            raise ValueError(
+                "keep_past is 'external', which leaves the adapter's merge into the model to its user: a stream scores "
+                "the model after every task; expected 'adapter' or 'merge'"
+            )
 
     def begin(self) -> None:
         super().begin()

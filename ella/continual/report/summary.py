@@ -110,7 +110,7 @@ def _summary(runs: Sequence[StreamResult]) -> dict[str, Any]:
         "mean": {name: mean(values) for name, values in per_seed.items()},
         "sd": {name: spread(values) for name, values in per_seed.items()},
         "per_seed": per_seed,
-        "seconds": fmean(sum(t["seconds"] + t["evaluation_seconds"] for t in run.tasks) for run in runs),
+        "seconds": fmean(run.seconds for run in runs),
         "step_milliseconds": 1e3 * sum(t["seconds"] for t in tasks) / max(sum(t["steps"] for t in tasks), 1),
         "own_milliseconds": (
             1e3 * sum(t["penalty_seconds"] for t in own) / max(sum(t["steps"] for t in own), 1) if own else NAN
