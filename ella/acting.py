@@ -461,8 +461,32 @@ def act_together(
         module.__class__ = _merging_subclass(type(module))
 
 
-def _merging_subclass(cls: type) -> type:
-    return type(cls.__name__, (_Together, cls), {"__module__": __name__})
+# By the class of PEFT.
+_MADE: dict[type, Any] = {}
+
+
+def _merging_subclass(cls: type) -> Any:
+    if cls not in _MADE:
+        _MADE[cls] = type(cls.__name__, (_Made, cls), {"__module__": __name__})
+    return _MADE[cls]
+
+
+class _Made(_Together):
+    """Of a class that is no attribute of this module, which is where pickle looks for one."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        kept: Any = super().__reduce_ex__(protocol)
+        return (_unpickled, (_plain(type(self)),), *kept[2:])
+
+
+def _plain(cls: type) -> Any:
+    """PEFT's class of one made here."""
+    return next(c for c in cls.__mro__[1:] if not issubclass(c, _Together))
+
+
+def _unpickled(plain: Any) -> Any:
+    made = _merging_subclass(plain)
+    return made.__new__(made)
 
 
 def _names_variants(method: Any) -> bool:
@@ -481,8 +505,7 @@ def release(module: nn.Module) -> None:
     for name in [name for name, v in module.lora_variant.items() if isinstance(v, TogetherVariant)]:
         del module.lora_variant[name]
     if isinstance(module, _Together):
-        plain: Any = next(c for c in type(module).__mro__[1:] if not issubclass(c, _Together))
-        module.__class__ = plain
+        module.__class__ = _plain(type(module))
     known = module.__dict__.pop("ella_knowledge", None)
     frozen = module.frozen_peft_weight_names
     module.frozen_peft_weight_names = {name: held for name, held in frozen.items() if name != known}

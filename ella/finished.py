@@ -7,9 +7,11 @@ regularizer may fold, PEFT may unload, an adapter may be switched.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peft import PeftModel
@@ -81,6 +83,12 @@ class FinishedTasks:
         self._children = [(root.get_submodule(parent)._modules if parent else root._modules) for parent, _, _ in paths]
         self._child_names = [name for _, _, name in paths]
         self._modules = [layer.module for layer in self.layers]
+        self._note_adapters()
+
+    def _note_adapters(self) -> None:
+        """What is trained, and what must not be."""
+        self._trained = self.model.peft_config[self.adapter]
+        self._known = knowledge.parameters_of(self.layers, self.config.adapter_name) if self.adapter == TASK else []
 
     def check(self, training: bool = False) -> None:
         """Raise unless the model is the one that was regularized; take up what another regularizer folded."""
@@ -101,6 +109,10 @@ class FinishedTasks:
             )
             self._lost_unless(False, f"the LoRA layer {gone} is no longer in the model (unloaded, or replaced)")
         self._lost_unless(self.adapter in self.model.peft_config, f"adapter {self.adapter!r} was deleted")
+        self._lost_unless(
+            self.adapter != TASK or self.model.peft_config[TASK] is self._trained,
+            f"adapter {TASK!r} was deleted and made anew, without the finished tasks",
+        )
         if TASK in self.model.peft_config and self.adapter != TASK:
             other = next((other for other in self.model.peft_config if past_of(self.model, other)), None)
             if other is not None:
@@ -117,6 +129,11 @@ class FinishedTasks:
             raise ValueError(
                 f"adapter {self.adapter!r} is not active ({self.model.active_adapters} is), so the penalty would be on "
                 f"an update that the forward does not use; call model.set_adapter({self.adapter!r}) first"
+            )
+        if training and any(map(attrgetter("requires_grad"), self._known)):
+            raise ValueError(
+                f"the finished tasks, adapter {name!r}, are set to be trained (requires_grad): freeze its factors, and "
+                f"give an optimizer made with them those of {TASK!r} alone"
             )
 
     def _lost_unless(self, held: bool, what: str) -> None:
@@ -165,6 +182,12 @@ class FinishedTasks:
             raise ValueError(
                 f"the forward of {layer.name} was replaced on the module (a fused LoRA kernel?), so finished tasks "
                 "cannot act in it: give PEFT's own forward back, or use keep_past='merge'"
+            )
+        scaling = layer.scaling(self.past.adapter) if self.adapter == TASK else 1.0
+        if scaling != 1.0 and self.config.keep_past == "adapter":
+            raise ValueError(
+                f"the finished tasks in {layer.name} are scaled by {scaling:g} (set_scale, rescale_adapter_scale), "
+                f"which a fold would not keep: scale {self.past.adapter!r} by 1 again before {task!r} is folded"
             )
         for factor, parameter in zip("AB", layer.parameters(), strict=True):
             if parameter.device.type == "meta":
@@ -226,6 +249,7 @@ class FinishedTasks:
             parameter.requires_grad_(flag)
         for parameter in knowledge.parameters_of(self.layers, past.adapter):
             parameter.requires_grad_(False)
+        self._note_adapters()
         if self.watch is not None:
             self.watch.close()
         self.watch = ForwardWatch(model.base_model.model, self.layers)
@@ -259,6 +283,7 @@ class FinishedTasks:
         if state is not None:
             self._restore(state, folder, marker)
         elif living is not None:
+            self._check_acting(living)
             self.past = living
             self._find_layers(trained_adapter(model, name))
         elif marker is not None and marker.keep_past == "external":
@@ -281,6 +306,18 @@ class FinishedTasks:
             raise ValueError(
                 f"the model has an adapter {TASK!r}, but {name!r} is no knowledge adapter of ELLA; delete {TASK!r}, or "
                 "load both from the folder they were saved in"
+            )
+
+    def _check_acting(self, living: Past) -> None:
+        """Refuse finished tasks that no longer act: the adapter that brings them along was deleted."""
+        name = living.adapter
+        if not living.tasks or living.is_external:
+            return
+        if TASK not in self.model.peft_config or any("ella_knowledge" not in m.__dict__ for m in self._modules):
+            raise ValueError(
+                f"adapter {name!r} holds the finished tasks {living.tasks}, but {TASK!r}, which is trained beside it, "
+                f"was deleted or replaced: model.save_pretrained(folder, selected_adapters=[{name!r}]), and load that "
+                "with PeftModel.from_pretrained and EllaRegularizer"
             )
 
     def _install_loaded(self, marker: Marker) -> None:
@@ -330,6 +367,8 @@ class FinishedTasks:
         self._check_unmerged()
         self.past = past_of(model, name) or self.past
         self._check_layers(state.shapes, folder)
+        if folder is not None:
+            _check_beside(state, folder)
         if state.config.get("keep_past") == "external" != self.config.keep_past:
             raise ValueError(
                 f"the past in {folder} was kept outside the model (keep_past='external'), whose base may hold it "
@@ -386,3 +425,18 @@ class FinishedTasks:
             raise ValueError(f"the base already holds the past in {directory}; load it with keep_past='merge'")
         other = sorted(name for name in now if now[name] not in (before.get(name), after.get(name)))
         raise ValueError(f"the past in {directory} was merged into other base weights than this model's: {other}")
+
+
+def _check_beside(state: PastState, folder: Path) -> None:
+    """Refuse a state beside an adapter that was saved over its own: by another run, in its first task."""
+    path = folder / "adapter_config.json"
+    # Version 0.1.0 kept the past in an adapter of its own and noted nothing in the trained one.
+    if not state.layers or not path.is_file() or (folder / "ella_past").is_dir():
+        return
+    marker = Marker.of(SimpleNamespace(rank_pattern=json.loads(path.read_text(encoding="utf-8")).get("rank_pattern")))
+    tasks = list(marker.tasks) if marker is not None else []
+    if tasks != state.tasks:
+        raise ValueError(
+            f"the adapter in {folder} was saved with the finished tasks {tasks}, ELLA's state beside it with "
+            f"{state.tasks}: another run has written over one of them; take a folder that one run wrote"
+        )

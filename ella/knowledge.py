@@ -118,7 +118,7 @@ class Marker:
         return cls(tuple(tasks), exact, keep_past, {name: getattr(trained, name) for name in _TASK_FIELDS})
 
     @classmethod
-    def of(cls, config: LoraConfig) -> Marker | None:
+    def of(cls, config: Any) -> Marker | None:
         """The marker of an adapter's configuration; None for any other LoRA."""
         for pattern in getattr(config, "rank_pattern", None) or {}:
             found = _MARKER.match(pattern)

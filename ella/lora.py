@@ -182,7 +182,7 @@ class AdaptedLayer:
     def reset(self, init: bool | str) -> None:
         """A fresh adapter with no effect, in place: the parameters keep their identity, gradients are dropped."""
         module, name = self.module, self.adapter
-        if init == "orthogonal":
+        if init == "orthogonal" and name in module.lora_A:  # PEFT's embeddings have none
             before = self.parameters()
             module.orthogonal_init(name)
             with torch.no_grad():

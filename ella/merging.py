@@ -93,7 +93,7 @@ class MergedBase:
         for layer in layers:
             base = layer.module.get_base_layer()
             exact = self._weights[layer.name].to(base.weight.device, torch.float64)
-            exact = exact + layer.module.get_delta_weight(knowledge).double()
+            exact = exact + _delta(layer, knowledge).double()
             rounded = exact.to(base.weight.dtype)
             norm = exact.norm().item()
             errors[layer.name] = (rounded.double() - exact).norm().item() / norm if norm else 0.0
@@ -112,13 +112,19 @@ class MergedBase:
         """
         base = cls(layers)
         for layer in layers:
-            delta, bias = layer.module.get_delta_weight(knowledge).cpu(), layer.bias(knowledge)
+            delta, bias = _delta(layer, knowledge).cpu(), layer.bias(knowledge)
             # Wide enough that only the rounding of the merge itself is left.
             base._weights[layer.name] = (base._weights[layer.name].double() - delta.double()).float()
             if bias is not None:
                 base._biases[layer.name] = base._biases[layer.name].float() - bias.cpu()
         base.checksums = dict(before)
         return base
+
+
+def _delta(layer: AdaptedLayer, adapter: str) -> Tensor:
+    # A task may end under autocast, which would round the product.
+    with torch.autocast(layer.parameters(adapter)[0].device.type, enabled=False):
+        return layer.module.get_delta_weight(adapter)
 
 
 def _copy(tensor: Tensor) -> Tensor:

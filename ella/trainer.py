@@ -8,6 +8,7 @@ gradients are accumulated on top, so that clipping and the scaler treat both ali
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .acting import TASK
-from .checkpoint import PAST_FILE
+from .checkpoint import PAST_FILE, load_past, save_past
 from .distributed import agreed_missing, spread_by, whole
 from .knowledge import Marker
 from .lora import EmbeddingLayer
@@ -52,12 +53,24 @@ class EllaCallback(TrainerCallback):
         self._through_loss = False
         self._seed: _Seed | None = None
         self._looks = 0
+        # Finished when training began.
+        self._tasks: list[str] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         refuse_unsupported(args, self._through_loss)
         self._sum, self._steps = None, 0
         # The first steps in which there is a seed to lose are looked at; each look waits for the device.
-        self._seed, self._looks = None, 20
+        self._forget_seed()
+        self._looks = 20
+        tasks = list(self.regularizer.tasks)
+        if self._tasks not in (None, tasks) and getattr(optimizer, "state", None):
+            raise ValueError(
+                f"this trainer's optimizer has the moments of an earlier task (finished then: {self._tasks}, now: "
+                f"{tasks}): make a new trainer for every task, or set trainer.optimizer = trainer.lr_scheduler = None"
+            )
+        self._tasks = tasks
         if model is not None and model is not self.regularizer.model:
             raise ValueError(
                 "the trainer trains another model than the regularizer's (model_init builds a new one for every run, "
@@ -69,12 +82,22 @@ class EllaCallback(TrainerCallback):
                 "of ELLA: use attach(trainer, regularizer) instead of passing EllaCallback"
             )
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._forget_seed()
+
+    def _forget_seed(self) -> None:
+        """A step that was broken off leaves one."""
+        if self._seed is not None:
+            self._seed.close()
+        self._seed = None
+
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self._through_loss:
             return
         # fp16: the task's gradients arrive multiplied by the scale and are divided by it before clipping.
         scaler = getattr(optimizer, "scaler", None)
         value = self.regularizer.add_gradient_(scaler.get_scale() if scaler is not None else 1.0)
+        self._forget_seed()
         if self._looks > 0:
             self._seed = _Seed.of(self.regularizer)
         self._note(value)
@@ -89,6 +112,11 @@ class EllaCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if spread_by(self.regularizer.model, self.regularizer.layers) == "FSDP2" and agreed_missing(folder / PAST_FILE):
             self.regularizer.save_pretrained(folder)
+        # A checkpoint of another run that this one, in its first task, has written over: what is left must not act.
+        stale = None if self.regularizer.tasks else _state_folder(self.regularizer, folder)
+        if stale is not None and state.is_world_process_zero:
+            save_past(stale, self.regularizer.state())
+            shutil.rmtree(folder / TASK, ignore_errors=True)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seed, self._seed = self._seed, None
@@ -123,6 +151,7 @@ class _Seed:
         self.parameter = parameter
         self.seed = seed.detach().clone()
         self.task: list[Tensor] = []
+        self._version = parameter._version
         self._hook = parameter.register_hook(self._add)
 
     @classmethod
@@ -138,12 +167,21 @@ class _Seed:
     def _add(self, grad: Tensor) -> None:
         self.task.append(grad.detach().clone())
 
-    def arrived(self) -> bool | None:
-        """Whether the seed is in the gradient; None where it is too small beside the task's to tell."""
+    def close(self) -> None:
+        """Look at no more gradients."""
         self._hook.remove()
+
+    def arrived(self) -> bool | None:
+        """Whether the seed is in the gradient; None where that cannot be told.
+
+        It is too small beside the task's, a number is not finite, or an optimizer has stepped in the backward.
+        """
+        self.close()
         if self.parameter.grad is None:
-            return False
+            return None if self.parameter._version != self._version else False
         found, seed, *task = (t.double().flatten() for t in (self.parameter.grad, self.seed, *self.task))
+        if not all(t.isfinite().all() for t in (found, seed, *task)):
+            return None
         gap = _distance(_sum(task), _sum(task) + seed) if task else 2.0
         if gap < 100 * torch.finfo(self.seed.dtype).eps:
             return None
@@ -302,6 +340,12 @@ def _silence_copies(regularizer: EllaRegularizer) -> None:
 
 def _load_best(load: Any, regularizer: EllaRegularizer, trainer: Trainer) -> None:
     best = trainer.state.best_model_checkpoint
+    place = _state_folder(regularizer, best)
+    if place is not None and (tasks := load_past(place).tasks) != regularizer.tasks:
+        raise ValueError(
+            f"the best checkpoint {best} has finished the tasks {tasks}, this run {regularizer.tasks}: it is another "
+            "run's; train into an empty output_dir"
+        )
     _restore(regularizer, best)
     if regularizer.adapter != TASK or getattr(trainer, "is_fsdp_enabled", False) or trainer.is_deepspeed_enabled:
         load()
@@ -311,9 +355,7 @@ def _load_best(load: Any, regularizer: EllaRegularizer, trainer: Trainer) -> Non
 
 def _restore(regularizer: EllaRegularizer, checkpoint: str) -> None:
     """Bring the regularizer's model to the past of a checkpoint."""
-    folder = Path(checkpoint)
-    name = regularizer.config.adapter_name
-    place = next((p for p in (folder, folder / name) if (p / PAST_FILE).is_file()), None)
+    folder, place = Path(checkpoint), _state_folder(regularizer, checkpoint)
     if place is not None:
         regularizer.restore(place)
     elif regularizer.tasks or (folder / TASK).is_dir():
@@ -322,6 +364,12 @@ def _restore(regularizer: EllaRegularizer, checkpoint: str) -> None:
             f"{checkpoint} holds no state of ELLA, but {has}: resuming would mix tasks. Resume from a checkpoint that "
             "was written with the regularizer attached"
         )
+
+
+def _state_folder(regularizer: EllaRegularizer, checkpoint: str | Path) -> Path | None:
+    """Where a checkpoint has ELLA's state; None without one."""
+    folders = Path(checkpoint), Path(checkpoint) / regularizer.config.adapter_name
+    return next((folder for folder in folders if (folder / PAST_FILE).is_file()), None)
 
 
 def refuse_unsupported(args: Any, through_loss: bool = False) -> None:

@@ -90,13 +90,15 @@ class EncoderClassifier(TextClassifier):
         ids = self._pad(tokens, self.tokenizer.pad_token_id)
         mask = self._pad([[1] * len(t) for t in tokens], 0)
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        # Cosines of half precision would tie.
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
 
     def loss(self, task: EncodedTask, rows: Sequence[int]) -> torch.Tensor:
         scores = self.embed([task.tokens[i] for i in rows]) @ self.embed(task.label_tokens).T
         target = torch.tensor([task.targets[i] for i in rows], device=scores.device)
-        return F.cross_entropy(self.temperature * scores.float(), target)
+        return F.cross_entropy(self.temperature * scores, target)
 
     @torch.no_grad()
     def predict(self, task: EncodedTask, batch_size: int = 32) -> list[int]:
