@@ -428,7 +428,7 @@ class FinishedTasks:
 
 
 def _check_beside(state: PastState, folder: Path) -> None:
-    """Refuse a state beside an adapter that was saved over its own: by another run, in its first task."""
+    """Refuse a state and an adapter of which one was written over that of another time or run."""
     path = folder / "adapter_config.json"
     # Version 0.1.0 kept the past in an adapter of its own and noted nothing in the trained one.
     if not state.layers or not path.is_file() or (folder / "ella_past").is_dir():
@@ -438,5 +438,6 @@ def _check_beside(state: PastState, folder: Path) -> None:
     if tasks != state.tasks:
         raise ValueError(
             f"the adapter in {folder} was saved with the finished tasks {tasks}, ELLA's state beside it with "
-            f"{state.tasks}: another run has written over one of them; take a folder that one run wrote"
+            f"{state.tasks}: one was written later, over that of another time or run; write both at once with "
+            "model.save_pretrained(folder), or each into a folder of its own"
         )

@@ -130,6 +130,22 @@ def test_a_task_ends_under_autocast_as_without():
 # --- in a folder ------------------------------------------------------------------------------------------------------
 
 
+def test_a_state_written_over_an_earlier_one_is_refused(tmp_path):
+    """The adapter within task b stays in the folder: loaded by PEFT, b would act twice."""
+    model, reg = finished()
+    model.save_pretrained(tmp_path)
+    reg.end_task("b")
+    want = logits(model)
+    reg.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match=r"finished tasks \['a'\], ELLA's state beside it with \['a', 'b'\]"):
+        EllaRegularizer.from_pretrained(loaded, tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert EllaRegularizer.from_pretrained(loaded, tmp_path).tasks == ["a", "b"]
+    assert relative_error(logits(loaded), want) < 1e-6
+
+
 def test_an_adapter_written_over_that_of_another_run_is_refused(tmp_path):
     model, _ = finished()
     model.save_pretrained(tmp_path)
