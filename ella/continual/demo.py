@@ -22,10 +22,10 @@ MAX_LENGTH = 48
 QUESTION_ORDER = ("library", "exception", "type", "section")
 BENCHMARK_ORDER = ("dbpedia", "amazon", "agnews", "mnli")
 #: Per task, (train, test): small enough without --data for five minutes in all.
-QUESTION_SIZE, BENCHMARK_SIZE = (300, 100), (1000, 300)
+QUESTION_SIZE, BENCHMARK_SIZE = (300, 50), (1000, 300)
 #: A question is two tasks, each of half of its classes: all questions are asked once, then again about the other half.
-#: Its texts are this many times a task's, so that each half has enough and each seed draws its own.
-PARTS, TEXTS = 2, 3
+#: Its texts are this many times a task's, train and test, so that each half has enough and each seed draws its own.
+PARTS, TEXTS = 2, (3, 6)
 
 
 def run_demo(
@@ -69,7 +69,7 @@ def run_demo(
             raise TaskError(f"the demo's model writes no texts, which tasks {written} ask for; expected classes")
         source = f"{data}: {', '.join(order)}"
     else:
-        questions = question_tasks(QUESTION_ORDER, train_per_task=TEXTS * n_train, test_per_task=TEXTS * n_test)
+        questions = question_tasks(QUESTION_ORDER, train_per_task=TEXTS[0] * n_train, test_per_task=TEXTS[1] * n_test)
         parts = zip(*(question.split_classes(PARTS) for question in questions), strict=True)
         tasks = [task for part in parts for task in part]
         source = f"installed code, four questions, each in two halves: {', '.join(QUESTION_ORDER)}"
