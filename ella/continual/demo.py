@@ -67,11 +67,13 @@ def run_demo(
         if len(tasks) < len(found):
             written = [task.name for task in found if not isinstance(task, Task)]
             raise TaskError(f"the demo's model writes no texts, which tasks {written} ask for; expected classes")
+        title = ", ".join(task.name for task in tasks)
         source = f"{data}: {', '.join(order)}"
     else:
         questions = question_tasks(QUESTION_ORDER, train_per_task=TEXTS[0] * n_train, test_per_task=TEXTS[1] * n_test)
         parts = zip(*(question.split_classes(PARTS) for question in questions), strict=True)
         tasks = [task for part in parts for task in part]
+        title = "four questions about installed code, in two halves"
         source = f"installed code, four questions, each in two halves: {', '.join(QUESTION_ORDER)}"
 
     def tasks_of_seed(seed: int) -> list[Task]:
@@ -87,7 +89,7 @@ def run_demo(
         arms=arms,
         seeds=seeds,
         out_dir=out_dir,
-        title=f"Continual learning with ELLA: {', '.join(task.name for task in tasks)}",
+        title=f"Continual learning with ELLA: {title}",
         notes={
             "data": source,
             "examples (train/test)": sizes,
