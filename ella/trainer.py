@@ -97,7 +97,6 @@ class EllaCallback(TrainerCallback):
         # fp16: the task's gradients arrive multiplied by the scale and are divided by it before clipping.
         scaler = getattr(optimizer, "scaler", None)
         value = self.regularizer.add_gradient_(scaler.get_scale() if scaler is not None else 1.0)
-        self._forget_seed()
         if self._looks > 0:
             self._seed = _Seed.of(self.regularizer)
         self._note(value)
@@ -341,7 +340,8 @@ def _silence_copies(regularizer: EllaRegularizer) -> None:
 def _load_best(load: Any, regularizer: EllaRegularizer, trainer: Trainer) -> None:
     best = trainer.state.best_model_checkpoint
     place = _state_folder(regularizer, best)
-    if place is not None and (tasks := load_past(place).tasks) != regularizer.tasks:
+    # Restoring compares them in a later task; in the first one it takes up whatever is there.
+    if not regularizer.tasks and place is not None and (tasks := load_past(place).tasks):
         raise ValueError(
             f"the best checkpoint {best} has finished the tasks {tasks}, this run {regularizer.tasks}: it is another "
             "run's; train into an empty output_dir"

@@ -185,7 +185,7 @@ def test_run_inspect_and_run_again(cli, stream):
     assert (status, err) == (0, "")
     folder = stream.parent / "elsewhere" / "from_file"
     first = assert_report(folder, ("inclora", "ella"), ("amazon", "agnews"))
-    assert first["title"] == "Small" and first["notes"]["model"].startswith("bert, kind auto, ")
+    assert first["title"] == "Small" and first["notes"]["model"] == "bert, kind auto, at most 32 tokens a text, float32"
     assert f"report: {folder.name}" in out
 
     status, out, err = cli("inspect", folder)

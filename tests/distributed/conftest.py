@@ -46,7 +46,7 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="session")
 def two(tmp_path_factory):
     cases = [
-        *tasks("loops", LOOPS), *PENALTIES, *STEPS, *LAYERS, *COUNTS, "options:work", "options:refusals",
+        *tasks("loops", LOOPS), *PENALTIES, *STEPS, LAYERS[0], *COUNTS, "options:work", "options:refusals",
         "options:exact",
     ]  # fmt: skip
     return run(2, cases, tmp_path_factory.mktemp("two") / "run")
