@@ -67,10 +67,7 @@ class LoadedTasks:
 
     def __post_init__(self) -> None:
         for order, names in self.orders.items():
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                of = f" of order {order!r}" if order else ""
-                raise TaskError(f"tasks{of}: {repeated} stand more than once; expected tasks of different names")
+            _distinct(names, f"tasks of order {order!r}" if order else "tasks", "; expected tasks of different names")
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class TaskSettings:
     answer_tokens: int | None = None
 
     def load(self, base: Path) -> LoadedTasks:
-        """All tasks; relative paths start at ``base``. Raises TaskError."""
+        """All tasks; relative paths start at ``base``. Raises TaskError, and SpecError for two of one name."""
         loaded = self._load(base)
         if self.answer_tokens is None:
             return loaded
@@ -177,7 +174,7 @@ class StreamSpec:
 
     @cached_property
     def loaded(self) -> LoadedTasks:
-        """The tasks, read when first asked for. Raises TaskError."""
+        """The tasks, read when first asked for. Raises what :meth:`TaskSettings.load` does."""
         return self.tasks.load(self.base)
 
     def cells(self) -> list[Cell]:
