@@ -292,7 +292,7 @@ class PreviousModel:
             return None
         active = module.active_adapters
         brings = self.always and TASK in active and self.knowledge not in active and not module.merged
-        if not (module.disable_adapters or brings):
+        if not (brings or _is_off(module, self.knowledge)):
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         return add_updates(module, output, x, [self.knowledge]).to(output.dtype)
@@ -308,7 +308,12 @@ class PreviousModule:
         if TASK not in module.modules_to_save or self.knowledge not in module.modules_to_save:
             release(module)
             return None
-        return module.modules_to_save[self.knowledge](*args, **kwargs) if module.disable_adapters else None
+        return module.modules_to_save[self.knowledge](*args, **kwargs) if _is_off(module, self.knowledge) else None
+
+
+def _is_off(module: LoraLayer | ModulesToSaveWrapper, knowledge: str) -> bool:
+    """Whether ELLA's adapters are disabled; beside another one that is active they do not act anyway."""
+    return module.disable_adapters and any(name in (TASK, knowledge) for name in module.active_adapters)
 
 
 # A mixin may use whatever PEFT's layers have: to a type checker they are anything.
@@ -370,11 +375,12 @@ class _TogetherForward(_Together):
     """Also its forward: with adapters disabled the knowledge acts alone."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.disable_adapters or TASK not in self.scaling or self.ella_knowledge not in self.scaling:
+        known = self.ella_knowledge
+        if not _is_off(self, known) or TASK not in self.scaling or known not in self.scaling:
             return super().forward(x, *args, **kwargs)
         if self.merged:
             self.unmerge()
-        with self._alone(self.ella_knowledge):
+        with self._alone(known):
             return super().forward(x, *args, **kwargs)
 
     @contextlib.contextmanager

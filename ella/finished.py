@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
 from pathlib import Path
@@ -25,10 +26,10 @@ from .checkpoint import PastState, StoredLayer, load_past
 from .config import EllaConfig
 from .distributed import SPREAD, agree, gathered, spread_by, whole
 from .fsdp import rewritten
-from .knowledge import Marker, past_of, trained_adapter
+from .knowledge import Marker, TrainedLoraConfig, follows, past_of, trained_adapter
 from .lora import AdaptedLayer, adapted_layers
 from .merging import MergedBase, check_fits, check_mergeable, checksums
-from .past import FoldReport, Past, fold_layer
+from .past import FoldReport, Past, energy_of, fold_layer
 
 __all__ = ["FinishedTasks"]
 
@@ -233,8 +234,7 @@ class FinishedTasks:
             Marker.forget(model.peft_config[past.adapter])
             held = knowledge.EllaLoraConfig.of(model.peft_config[past.adapter], past)
             past.adopt(self.layers, stored, held)
-            path = next(iter(knowledge.peft_ranks(self.layers, {name: layer.rank for name, layer in stored.items()})))
-            held.tell_of_past(Marker.about(held, past.tasks, stored, keep), path)
+            held.tell_of_past(Marker.about(held, past.tasks, stored, keep), self._first_path(stored))
             model.peft_config[past.adapter] = held
             return {}
         if keep == "merge" and past.base is None and not merged:
@@ -245,6 +245,8 @@ class FinishedTasks:
         self._find_layers(TASK)
         past.adopt(self.layers, stored, model.peft_config[TASK])
         knowledge.install(model, self.layers, stored, past, in_base=keep == "merge", folding=folding)
+        if getattr(model.peft_config[TASK], "follows_past", None) is not past:
+            model.peft_config[TASK] = TrainedLoraConfig.of(model.peft_config[TASK], past, self._first_path(stored))
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for parameter in knowledge.parameters_of(self.layers, past.adapter):
@@ -262,6 +264,10 @@ class FinishedTasks:
         errors = past.base.merge(self.layers, past.adapter)
         past.extra = {"base_before": past.base.checksums, "base_after": checksums(self.layers)}
         return errors
+
+    def _first_path(self, stored: Mapping[str, StoredLayer]) -> str:
+        """A path that patterns of PEFT can name."""
+        return next(iter(knowledge.peft_ranks(self.layers, {name: layer.rank for name, layer in stored.items()})))
 
     def _drop_reference(self) -> None:
         """Delete TRL's frozen copy of the model before this task: the next trainer makes its own."""
@@ -322,11 +328,22 @@ class FinishedTasks:
 
     def _install_loaded(self, marker: Marker) -> None:
         """A knowledge adapter that PEFT loaded: its own factors, all of the past."""
+        name, tasks = self.config.adapter_name, list(marker.tasks)
         self._check_unmerged()
-        if TASK not in self.model.peft_config:
-            knowledge.add_trained_adapter(self.model, self.config.adapter_name, marker)
+        stored = self._held_by(name, len(tasks))
+        # What rounds the factors to half precision moves this by less than a percent.
+        if marker.energy is not None and not math.isclose(found := energy_of(stored), marker.energy, rel_tol=0.05):
+            raise ValueError(
+                f"the configuration of adapter {name!r} is that of the finished tasks {tasks}, but its factors are not "
+                f"(‖W_past‖_F² is {found:.3g}, was {marker.energy:.3g}): load it from its folder with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or give get_peft_model a LoraConfig of its own"
+            )
+        if TASK in self.model.peft_config:
+            _check_follows(self.model.peft_config[TASK].rank_pattern, tasks, f"the adapter {TASK!r}")
+        else:
+            knowledge.add_trained_adapter(self.model, name, marker)
         self.model.set_adapter(TASK)
-        self.install(self._held_by(self.config.adapter_name, len(marker.tasks)))
+        self.install(stored)
 
     def _install_old(self) -> None:
         """The form of version 0.1.0: the past in an adapter "ella_past", the trained one under the user's name."""
@@ -428,12 +445,12 @@ class FinishedTasks:
 
 
 def _check_beside(state: PastState, folder: Path) -> None:
-    """Refuse a state and an adapter of which one was written over that of another time or run."""
-    path = folder / "adapter_config.json"
+    """Refuse a state and adapters of which one was written over that of another time or run."""
+    pattern = _saved_pattern(folder)
     # Version 0.1.0 kept the past in an adapter of its own and noted nothing in the trained one.
-    if not state.layers or not path.is_file() or (folder / "ella_past").is_dir():
+    if not state.layers or pattern is None or (folder / "ella_past").is_dir():
         return
-    marker = Marker.of(SimpleNamespace(rank_pattern=json.loads(path.read_text(encoding="utf-8")).get("rank_pattern")))
+    marker = Marker.of(SimpleNamespace(rank_pattern=pattern))
     tasks = list(marker.tasks) if marker is not None else []
     if tasks != state.tasks:
         raise ValueError(
@@ -441,3 +458,23 @@ def _check_beside(state: PastState, folder: Path) -> None:
             f"{state.tasks}: one was written later, over that of another time or run; write both at once with "
             "model.save_pretrained(folder), or each into a folder of its own"
         )
+    _check_follows(_saved_pattern(folder / TASK), tasks, f"the adapter in {folder / TASK}")
+
+
+def _check_follows(rank_pattern: Mapping[str, int] | None, tasks: list[str], what: str) -> None:
+    """Refuse a trained adapter that was saved when other tasks were finished than ``tasks``."""
+    noted = follows(rank_pattern)
+    if noted is not None and noted != tasks:
+        raise ValueError(
+            f"{what} was trained after the finished tasks {noted}, the adapter beside it holds {tasks}: what both hold "
+            f"would act twice. They were saved at different times: save all of a model at once, or delete {TASK!r} to "
+            "start the task afresh"
+        )
+
+
+def _saved_pattern(folder: Path) -> dict[str, int] | None:
+    """The rank pattern of a saved adapter; None where there is none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("rank_pattern") or {}

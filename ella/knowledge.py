@@ -30,15 +30,16 @@ from .distributed import SPREAD, spread_by
 from .fsdp import manage, managed
 from .lora import AdaptedLayer, AttentionLayer, ExpertsLayer, adapted_layers
 from .merging import shared_weights
-from .past import Past
+from .past import Past, energy_of
 
 __all__ = [
-    "EllaLoraConfig", "Marker", "add_trained_adapter", "install", "left_out_ranks", "move_adapter",
-    "parameters_of", "past_of", "peft_ranks", "plain_config", "remove", "trained_adapter",
+    "EllaLoraConfig", "Marker", "TrainedLoraConfig", "add_trained_adapter", "follows", "install", "left_out_ranks",
+    "move_adapter", "parameters_of", "past_of", "peft_ranks", "plain_config", "remove", "trained_adapter",
 ]  # fmt: skip
 
-# What a regular expression ignores, at the front of one pattern: PEFT keeps it through save and load.
-_MARKER = re.compile(r"\(\?#ella:([^)]*)\)")
+# Kinds of what an adapter's configuration says in a comment at the front of one of its patterns, which regular
+# expressions ignore: PEFT keeps it through save and load.
+_MARKER, _FOLLOWS = "ella", "ella-follows"
 # Fields of the trained adapter's configuration that a fresh one for the next task needs.
 _TASK_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 
@@ -87,6 +88,52 @@ class EllaLoraConfig(LoraConfig):
         self.__dict__.update(lora_alpha=0, alpha_pattern=pattern)
 
 
+class TrainedLoraConfig(LoraConfig):
+    """The configuration of the adapter in training: its file says which finished tasks it follows.
+
+    ``past`` has them; the layer ``path`` carries the note in its rank pattern. A save of the finished tasks alone would
+    else leave the current task of another time beside them, and it would act twice.
+    """
+
+    follows_past: Past | None = None
+    path: str = ""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        noted = LoraConfig.__new__(LoraConfig)
+        noted.__dict__.update(self.__dict__)
+        if self.follows_past is not None:
+            pattern = _comment(_FOLLOWS, self.follows_past.tasks) + _pattern(self.path)
+            noted.rank_pattern = {pattern: _rank(self, self.path), **self.rank_pattern}
+        noted.save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def of(cls, config: LoraConfig, past: Past, path: str) -> TrainedLoraConfig:
+        """``config`` as that of the adapter in training."""
+        made = cls.__new__(cls)
+        made.__dict__.update(config.__dict__, follows_past=past, path=path)
+        made.rank_pattern = _without_comment(_FOLLOWS, config.rank_pattern)
+        return made
+
+
+def follows(rank_pattern: Mapping[str, int] | None) -> list[str] | None:
+    """The finished tasks that a trained adapter was saved with; None where its ``rank_pattern`` does not say."""
+    return _commented(_FOLLOWS, rank_pattern)
+
+
+def _comment(kind: str, data: Any) -> str:
+    return f"(?#{kind}:{urllib.parse.quote(json.dumps(data), safe='')})"
+
+
+def _commented(kind: str, patterns: Mapping[str, Any] | None) -> Any:
+    """What the first comment of ``kind`` says; None without one."""
+    found = next(filter(None, (re.match(rf"\(\?#{kind}:([^)]*)\)", key) for key in patterns or {})), None)
+    return None if found is None else json.loads(urllib.parse.unquote(found[1]))
+
+
+def _without_comment(kind: str, patterns: Mapping[str, int]) -> dict[str, int]:
+    return {key: rank for key, rank in patterns.items() if not key.startswith(f"(?#{kind}:")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Marker:
     """What a knowledge adapter says of itself in its ``rank_pattern``, in a comment of a regular expression.
@@ -98,16 +145,18 @@ class Marker:
         exact: whether the factors are the whole past; else energies of what was dropped belong to it.
         keep_past: of the config that wrote it.
         trained: fields of the trained adapter's configuration.
+        energy: ``Σ_layers ‖L·R‖_F²`` of the factors; None in files that do not say it.
     """
 
     tasks: tuple[str, ...]
     exact: bool
     keep_past: str
     trained: Mapping[str, Any]
+    energy: float | None = None
 
     def mark(self, pattern: str) -> str:
         """``pattern`` with this marker in front; it matches what it matched."""
-        return f"(?#ella:{urllib.parse.quote(json.dumps(dataclasses.asdict(self)), safe='')}){pattern}"
+        return _comment(_MARKER, dataclasses.asdict(self)) + pattern
 
     @classmethod
     def about(
@@ -115,23 +164,21 @@ class Marker:
     ) -> Marker:
         """The marker of a knowledge adapter that holds ``stored``; ``trained`` is how its tasks were trained."""
         exact = not any(part.row_energy is not None for layer in stored.values() for part in layer.parts)
-        return cls(tuple(tasks), exact, keep_past, {name: getattr(trained, name) for name in _TASK_FIELDS})
+        fields = {name: getattr(trained, name) for name in _TASK_FIELDS}
+        fields["rank_pattern"] = _without_comment(_FOLLOWS, fields["rank_pattern"] or {})
+        return cls(tuple(tasks), exact, keep_past, fields, energy_of(stored))
 
     @classmethod
     def of(cls, config: Any) -> Marker | None:
         """The marker of an adapter's configuration; None for any other LoRA."""
-        for pattern in getattr(config, "rank_pattern", None) or {}:
-            found = _MARKER.match(pattern)
-            if found:
-                data = json.loads(urllib.parse.unquote(found[1]))
-                return cls(tuple(data["tasks"]), data["exact"], data["keep_past"], data["trained"])
-        return None
+        data = _commented(_MARKER, getattr(config, "rank_pattern", None))
+        return None if data is None else cls(**data | {"tasks": tuple(data["tasks"])})
 
     @staticmethod
     def forget(config: LoraConfig) -> None:
         """Take the marker of a past that lay beside the adapter out of a configuration."""
         if Marker.of(config) is not None:
-            config.rank_pattern = {key: rank for key, rank in config.rank_pattern.items() if not _MARKER.match(key)}
+            config.rank_pattern = _without_comment(_MARKER, config.rank_pattern)
 
 
 def past_of(model: PeftModel, adapter: str) -> Past | None:
@@ -395,7 +442,7 @@ def plain_config(
     }  # fmt: skip
     for name, value in plain.items():
         setattr(config, name, value)
-    for own in ("past", "saved"):
+    for own in ("past", "saved", "follows_past", "path"):
         config.__dict__.pop(own, None)
     return config
 

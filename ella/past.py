@@ -25,7 +25,9 @@ from .lora import AdaptedLayer, split_parts
 from .merging import MergedBase
 from .tensorfile import read_tensors
 
-__all__ = ["FoldReport", "Past", "add_energies", "described", "fold_factors", "fold_layer"]
+__all__ = [
+    "FoldReport", "Past", "add_energies", "described", "energy_of", "fold_factors", "fold_layer", "squared_norm",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,17 @@ def add_energies(past: LowRank, dropped: LowRank) -> LowRank:
     if past.row_energy is not None and past.col_energy is not None:
         rows, cols = rows + past.row_energy, cols + past.col_energy
     return past._replace(row_energy=rows, col_energy=cols)
+
+
+def squared_norm(past: LowRank) -> float:
+    """``‖L·R‖_F²`` in float64, without what was dropped."""
+    left, right = past.left.detach().double(), past.right.detach().double()
+    return ((left.mT @ left) * (right @ right.mT)).sum().item()
+
+
+def energy_of(stored: Mapping[str, StoredLayer]) -> float:
+    """``Σ_layers ‖L·R‖_F²`` of a whole past, without what was dropped."""
+    return math.fsum(squared_norm(part) for layer in stored.values() for part in layer.parts)
 
 
 def fold_layer(

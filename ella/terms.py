@@ -15,7 +15,7 @@ from .config import EllaConfig
 from .distributed import any_partitioned
 from .linear_layers import LinearLayers
 from .lora import AdaptedLayer
-from .past import Past, add_energies
+from .past import Past, add_energies, squared_norm
 
 __all__ = ["KEPT", "Operands", "Size", "Term", "Terms"]
 
@@ -135,11 +135,11 @@ class Terms:
 
 def _size(past: ek.LowRank, penalty: str) -> Size:
     """With what was dropped, where the penalty sees it, in float64."""
-    left, right = past.left.double(), past.right.double()
-    energy = ((left.mT @ left) * (right @ right.mT)).sum().item()
+    energy = squared_norm(past)
     if past.row_energy is not None:
         energy += past.row_energy.double().sum().item()
     if penalty == "spectral":
+        left, right = past.left.double(), past.right.double()
         return Size(energy, (left.square().sum() * right.square().sum()).item())
     return Size(energy, energy)
 

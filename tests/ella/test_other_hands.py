@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -156,6 +157,65 @@ def test_an_adapter_written_over_that_of_another_run_is_refused(tmp_path):
     loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     with pytest.raises(ValueError, match=r"saved with the finished tasks \[\], ELLA's state beside it with \['a'\]"):
         EllaRegularizer.from_pretrained(loaded, tmp_path)
+
+
+def test_finished_tasks_saved_over_an_earlier_save_are_not_mixed(tmp_path):
+    """Only "default" is saved the second time: "ella_task" of task b stays, which the first now holds too."""
+    model, reg = finished()
+    model.save_pretrained(tmp_path)
+    reg.end_task("b")
+    want = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    match = r"ella_task was trained after the finished tasks \['a'\], the adapter beside it holds \['a', 'b'\]"
+    for start in (llama, get_fresh):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True) if start is llama else get_fresh()
+        with pytest.raises(ValueError, match=match):
+            EllaRegularizer.from_pretrained(loaded, tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    loaded.load_adapter(str(tmp_path / TASK), TASK, is_trainable=True)
+    with pytest.raises(ValueError, match="the adapter 'ella_task' was trained after"):
+        EllaRegularizer(loaded)
+    loaded.delete_adapter(TASK)  # as the message says
+    assert EllaRegularizer(loaded).tasks == ["a", "b"]
+    assert relative_error(logits(loaded), want) < 1e-6
+    shutil.rmtree(tmp_path / TASK)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert EllaRegularizer.from_pretrained(loaded, tmp_path).tasks == ["a", "b"]
+    assert relative_error(logits(loaded), want) < 1e-6
+
+
+def get_fresh():
+    return get_peft_model(llama(), lora())
+
+
+def test_a_trained_adapter_knows_what_it_follows_after_a_load(tmp_path):
+    """Its note is of now, not of the file it came from; and a rank pattern of the user's stays what it was."""
+    pattern = {"q_proj": 3}
+    model, _ = finished(rank_pattern=pattern)
+    model.save_pretrained(tmp_path / "a")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "a", is_trainable=True)
+    reg = EllaRegularizer.from_pretrained(loaded, tmp_path / "a")
+    reg.end_task("b")
+    randomise(loaded, 3, TASK)
+    loaded.save_pretrained(tmp_path / "b")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "b", is_trainable=True)
+    again.load_adapter(str(tmp_path / "b" / TASK), TASK, is_trainable=True)
+    last = EllaRegularizer(again)
+    assert last.tasks == ["a", "b"] and relative_error(logits(again), logits(loaded)) < 1e-6
+    last.end_task("c")
+    assert again.peft_config[TASK].rank_pattern == pattern
+    assert {layer.parameters()[0].shape[0] for layer in last.layers} == {3, 4}
+
+
+def test_a_configuration_alone_is_no_past(tmp_path):
+    """Read from a saved folder and put on a fresh model, it says that random factors are finished tasks."""
+    model, _ = finished()
+    model.save_pretrained(tmp_path)
+    fresh = get_peft_model(llama(), LoraConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match=r"is that of the finished tasks \['a'\], but its factors are not \("):
+        EllaRegularizer(fresh)
+    half = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).to(torch.bfloat16)
+    assert EllaRegularizer(half).tasks == ["a"]
 
 
 # --- in a trainer -----------------------------------------------------------------------------------------------------

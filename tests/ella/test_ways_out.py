@@ -100,6 +100,20 @@ def test_the_previous_model_is_a_switch_away(kind):
     assert relative_error(model(ids()).detach(), live) < 1e-6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_adapter_switched_off_is_the_base(kind):
+    model, _, previous = tiny_within_task(kind)
+    model.add_adapter("other", copy.deepcopy(model.peft_config[TASK]))
+    model.set_adapter("other")
+    randomise(model, 12, "other")
+    assert relative_error(model(ids()).detach(), previous) > 1e-2
+    with model.disable_adapter():
+        assert relative_error(model(ids()).detach(), tiny_base().eval()(ids()).detach()) < 1e-6
+    model.set_adapter(TASK)
+    with model.disable_adapter():
+        assert relative_error(model(ids()).detach(), previous) < 1e-6
+
+
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_and_unmerging_is_as_live(kind, safe):
