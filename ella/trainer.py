@@ -222,6 +222,12 @@ def attach(trainer: Trainer, regularizer: EllaRegularizer) -> EllaCallback:
     if not isinstance(regularizer, EllaRegularizer):
         raise TypeError(f"regularizer must be an EllaRegularizer, found {type(regularizer).__name__}")
     if trainer.model is not regularizer.model:
+        if isinstance(trainer.model, nn.Module) and any(m is regularizer.model for m in trainer.model.modules()):
+            raise ValueError(
+                f"the trainer's model, a {type(trainer.model).__name__}, wraps the regularizer's, and would be saved and "
+                "loaded without what PEFT and ELLA write: give the trainer the PeftModel itself, or call "
+                "regularizer.add_gradient_() from a callback's on_step_begin and save regularizer.model"
+            )
         raise ValueError("the regularizer belongs to another model than the trainer's; make it from trainer.model")
     if getattr(trainer, "model_init", None) is not None:
         raise ValueError(

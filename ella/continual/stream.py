@@ -265,8 +265,12 @@ def _run_tasks(
     # A finished run is read, not measured again.
     finished = loaded is not None and len(loaded.tasks) == len(tasks)
     test = [] if finished else [_encode(classifier, task, "test") for task in tasks]
+    train = _Encoded(classifier, tasks)
+    # What a tokenizer loses of a later task is said now, not after hours of training.
+    for index in range(len(loaded.tasks) if loaded else 0, len(tasks)):
+        train(index)
 
-    arm = config.make_arm(classifier, _Encoded(classifier, tasks))
+    arm = config.make_arm(classifier, train)
     arm.n_tasks = len(tasks)
     if state is None or loaded is None:
         arm.begin()
@@ -337,7 +341,7 @@ def _trained_beside(classifier: TextClassifier) -> list[str]:
 
 
 class _Encoded:
-    """Training records by task, tokenised when first asked for; all are kept, as a method may mix them."""
+    """Training records by task, tokenised once; all are kept, as a method may mix them."""
 
     def __init__(self, classifier: TextClassifier, tasks: Sequence[AnyTask]) -> None:
         self._classifier, self._tasks = classifier, tasks

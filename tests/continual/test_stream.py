@@ -319,6 +319,15 @@ def test_what_is_lost_in_the_tokenizer_is_named_with_its_task(bert):
         run_stream(bare, [TASKS[0], blank], CONFIG, progress=False)
 
 
+def test_what_is_lost_of_a_later_task_is_said_before_any_training(bert, monkeypatch):
+    bare = watched(bert)
+    bare.tokenizer = tiny.tokenizer()
+    blank = replace(TASKS[1], train=(*TASKS[1].train, {"sentence": "", "label": "bird"}))
+    monkeypatch.setattr(torch.optim, "AdamW", None)
+    with pytest.raises(ValueError, match=r"task 'beings', train: record \d+, '', has no tokens"):
+        run_stream(bare, [TASKS[0], blank], CONFIG, progress=False)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
