@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +23,7 @@ from ella_kernels import LowRank
 from .atomic import make_folder, write_atomically
 from .tensorfile import digest, read_tensors
 
-__all__ = ["PAST_FILE", "PastState", "StoredLayer", "load_past", "save_past"]
+__all__ = ["PAST_FILE", "Importance", "PastState", "StoredLayer", "load_past", "save_past"]
 
 PAST_FILE = "ella_past.safetensors"
 FORMAT = 2
@@ -31,7 +31,28 @@ FORMAT = 2
 _KEYS = {
     "format": int, "config": dict, "tasks": list, "shapes": dict, "relative_error": dict, "extra": dict, "sha256": dict
 }  # fmt: skip
-_FIELDS = ("left", "right", "row_energy", "col_energy", "bias")
+_FIELDS = ("left", "right", "row_energy", "col_energy", "bias", "row_importance", "col_importance")
+
+
+class Importance(NamedTuple):
+    """``F ≈ ρκᵀ/τ`` of a layer: ``rows`` is ``ρ (out,)``, ``cols`` is ``κ (in,)``, float32; ``τ = Σρ = Σκ``."""
+
+    rows: Tensor
+    cols: Tensor
+
+    @property
+    def total(self) -> float:
+        return self.rows.double().sum().item()
+
+    def scaled(self, factor: float) -> Importance:
+        # By one after the other: the gradients' scale may leave float32 where their product does not.
+        return Importance(*((factor * part.double()).to(part.dtype) for part in self))
+
+    def plus(self, other: Importance | None) -> Importance:
+        return self if other is None else Importance(self.rows + other.rows, self.cols + other.cols)
+
+    def to(self, device: str | torch.device) -> Importance:
+        return Importance(self.rows.to(device), self.cols.to(device))
 
 
 @dataclass
@@ -42,11 +63,13 @@ class StoredLayer:
         parts: ``left (out, k)``, ``right (k, in)``, energies or None.
         bias: ``(out,)`` sum of the scaled ``lora_B`` biases, or None.
         relative_error: ``‖dropped‖_F / ‖W‖_F`` of every fold so far, in order.
+        importance: ``(out,)`` and ``(in,)`` sums of squared gradients, or None (:mod:`ella.importance`).
     """
 
     parts: list[LowRank]
     bias: Tensor | None = None
     relative_error: list[float] = field(default_factory=list)
+    importance: Importance | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,11 +93,13 @@ class StoredLayer:
     def to(self, device: str | torch.device) -> StoredLayer:
         """A copy on ``device``."""
         parts = [LowRank._make(None if t is None else t.to(device) for t in part) for part in self.parts]
-        return StoredLayer(parts, None if self.bias is None else self.bias.to(device), self.relative_error)
+        bias = None if self.bias is None else self.bias.to(device)
+        importance = None if self.importance is None else self.importance.to(device)
+        return StoredLayer(parts, bias, self.relative_error, importance)
 
     def all_tensors(self) -> list[Tensor]:
         """Every tensor in it, part by part."""
-        return [t for part in (*self.parts, (self.bias,)) for t in part if t is not None]
+        return [t for part in (*self.parts, (self.bias,), self.importance or ()) for t in part if t is not None]
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, parts stacked in front: ``left (n, out, k)`` and so on."""
@@ -83,7 +108,11 @@ class StoredLayer:
             for name in _FIELDS[:4]
             if getattr(self.parts[0], name) is not None
         }
-        return found if self.bias is None else found | {"bias": self.bias}
+        if self.bias is not None:
+            found["bias"] = self.bias
+        if self.importance is not None:
+            found |= zip(_FIELDS[5:], self.importance, strict=True)
+        return found
 
 
 @dataclass
@@ -231,7 +260,12 @@ def _stored_layer(
         raise ValueError(f"{path}, layer {name!r}: expected row and column energies or neither, found {list(found)}")
     n, out, in_ = shape
     k = found["left"].shape[-1] if found["left"].dim() else 0
-    shapes = {"left": (n, out, k), "right": (n, k, in_), "row_energy": (n, out), "col_energy": (n, in_), "bias": (out,)}
+    if ("row_importance" in found) != ("col_importance" in found):
+        raise ValueError(f"{path}, layer {name!r}: expected the importance of rows and columns or neither")
+    shapes = {
+        "left": (n, out, k), "right": (n, k, in_), "row_energy": (n, out), "col_energy": (n, in_), "bias": (out,),
+        "row_importance": (out,), "col_importance": (in_,),
+    }  # fmt: skip
     for key, tensor in found.items():
         where = f"{path}, layer {name!r}, {key}"
         if tensor.dtype not in (torch.float32, torch.float64):
@@ -240,7 +274,8 @@ def _stored_layer(
             raise ValueError(f"{where}: expected shape {shapes[key]}, found {tuple(tensor.shape)}")
         if not tensor.isfinite().all():
             raise ValueError(f"{where}: expected finite values, found {int((~tensor.isfinite()).sum())} that are not")
-        if key.endswith("energy") and (tensor < 0).any():
+        if key.endswith(("energy", "importance")) and (tensor < 0).any():
             raise ValueError(f"{where}: expected energies of at least 0, found {tensor.min().item():.3g}")
     parts = zip(*(found.get(key, [None] * n) for key in _FIELDS[:4]), strict=True)
-    return StoredLayer([LowRank(*part) for part in parts], found.get("bias"), errors)
+    importance = Importance(*(found[key] for key in _FIELDS[5:])) if "row_importance" in found else None
+    return StoredLayer([LowRank(*part) for part in parts], found.get("bias"), errors, importance)

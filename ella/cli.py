@@ -114,7 +114,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--rank", type=_positive, default=16, metavar="R")
     plan.add_argument("--past-rank", type=_positive, default=128, metavar="N", help="cap of the stored past")
     plan.add_argument("--penalty-rank", type=_count, metavar="N", help="components the penalty uses (default: all)")
-    plan.add_argument("--penalty", choices=("hadamard", "spectral"), default="hadamard")
+    plan.add_argument("--penalty", choices=("hadamard", "spectral", "importance"), default="hadamard")
     plan.add_argument("--keep-past", choices=("adapter", "merge", "external"), default="adapter")
     plan.add_argument("--tasks", type=_count, metavar="N", help="finished ones (default: as many as fill the past)")
     plan.add_argument("--base", choices=("bfloat16", "float16", "float32", "nf4"), default="bfloat16")

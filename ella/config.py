@@ -16,7 +16,7 @@ AUTO_LAMBDA = 4.0
 MAX_LAMBDA = 1e30
 
 _CHOICES = {
-    "penalty": ("hadamard", "spectral"),
+    "penalty": ("hadamard", "spectral", "importance"),
     "reduction": ("sum", "mean"),
     "normalize": (None, "rms"),
     "keep_past": ("adapter", "merge", "external"),
@@ -34,7 +34,9 @@ class EllaConfig:
             coordinates: a strength that does not depend on rank, scaling, learning rate and width. With the spectral
             penalty to :data:`AUTO_LAMBDA` ``· N / (E · Σ_layers ‖W_past‖_*²)``, the nuclear norm: as strong by chance.
             Never above :data:`MAX_LAMBDA`.
-        penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026) or "spectral", the projected norm.
+        penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026), "spectral", the projected norm, or
+            "importance", ``Σ ΔW² F``: F says how much the finished tasks' losses depend on a coordinate, measured while
+            they are trained (:mod:`ella.importance`; linear layers).
         past_rank: cap on the components stored per layer; the past is exact until it is reached.
         penalty_rank: components the penalty uses, the rest entering by its row and column energies; None uses all.
         penalty_energies: False leaves what is beyond those components, or was dropped at ``past_rank``, out of it: the
@@ -76,6 +78,11 @@ class EllaConfig:
         _rank("past_rank", self.past_rank, 1)
         if self.penalty_rank is not None:
             _rank("penalty_rank", self.penalty_rank, 0)
+        if self.penalty == "importance" and (self.penalty_rank is not None or not self.penalty_energies):
+            raise ValueError(
+                "penalty='importance' has no components: expected penalty_rank=None and penalty_energies=True, found "
+                f"penalty_rank={self.penalty_rank}, penalty_energies={self.penalty_energies}"
+            )
         for name in ("penalty_energies", "include_scaling", "skip_unsupported"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")

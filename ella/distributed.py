@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SPREAD", "Rows", "agree", "agreed_missing", "any_partitioned", "gathered",
     "is_partitioned", "is_sharded", "is_spread", "is_writer",
-    "owners", "refuse_tensor_parallel", "shape_of", "spread_by", "storage_of", "wait_for_all", "whole",
+    "owners", "refuse_tensor_parallel", "shape_of", "spread_by", "storage_of", "summed", "wait_for_all", "whole",
 ]  # fmt: skip
 
 
@@ -208,6 +208,17 @@ def agree(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(flat, 0)
         for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+@torch.no_grad()
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of float32 ``tensors`` over all processes, in one all-reduce; copies."""
+    if not is_running() or dist.get_world_size() == 1:
+        return [tensor.clone() for tensor in tensors]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class Rows:

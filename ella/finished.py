@@ -19,17 +19,17 @@ from peft import PeftModel
 
 from ella_kernels import LowRank
 
-from . import knowledge
+from . import importance, knowledge
 from .acting import TASK
 from .bypass import ForwardWatch
-from .checkpoint import PastState, StoredLayer, load_past
+from .checkpoint import Importance, PastState, StoredLayer, load_past
 from .config import EllaConfig
 from .distributed import SPREAD, agree, gathered, spread_by, whole
 from .fsdp import rewritten
 from .knowledge import Marker, TrainedLoraConfig, follows, past_of, trained_adapter
 from .lora import AdaptedLayer, adapted_layers
 from .merging import MergedBase, check_fits, check_mergeable, checksums
-from .past import FoldReport, Past, energy_of, fold_layer
+from .past import FoldReport, Past, energy_of, fold_layer, squared_norm
 
 __all__ = ["FinishedTasks"]
 
@@ -61,6 +61,8 @@ class FinishedTasks:
         self.engine: str | None = None
         # Refuses a model that is no PEFT LoRA before anything is asked of it.
         self._find_layers(config.adapter_name, warn=True)
+        if config.penalty == "importance":
+            importance.refuse_unmeasured(self.layers)
         self._take_up(state, folder)
         if config.keep_past == "merge" and not self.past.tasks:
             check_mergeable(model, self.layers)
@@ -69,6 +71,7 @@ class FinishedTasks:
                 f"adapter {self.adapter!r} is frozen: nothing would be trained. Load it with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or switch adapters on again"
             )
+        self.measure()
 
     @property
     def tasks(self) -> list[str]:
@@ -141,6 +144,7 @@ class FinishedTasks:
         if held:
             return
         knowledge.remove(self.model)
+        importance.stop(self.model)
         tasks = f"its past of the tasks {self.past.tasks}" if self.past.tasks else "its penalty"
         raise ValueError(
             f"this EllaRegularizer has lost its model, and with it {tasks}: {what}. Make a new one for the model that "
@@ -159,7 +163,8 @@ class FinishedTasks:
         self._check_unmerged()
         for layer in self.layers:
             self._check_foldable(layer, name)
-        folded = {layer.name: self._folded(layer) for layer in self.layers}
+        measured = self._measured(name)
+        folded = {layer.name: self._folded(layer, measured.get(layer.name)) for layer in self.layers}
         if self.config.keep_past == "merge":
             check_fits(self.layers, folded)
         self._drop_reference()
@@ -202,6 +207,7 @@ class FinishedTasks:
     def reset(self) -> None:
         """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is."""
         self._check_unmerged()
+        importance.clear(self.layers)
         init = self.model.peft_config[self.adapter].init_lora_weights
         for layer in self.layers:
             if layer.tied_to is None and self.engine == "FSDP2":
@@ -211,10 +217,34 @@ class FinishedTasks:
                 with gathered(layer.all_parameters(layer.adapter), write=True):
                     layer.reset(init)
 
-    def _folded(self, layer: AdaptedLayer) -> StoredLayer:
+    def measure(self) -> None:
+        """Measure the importance of coordinates to the task in training, where the penalty is of it."""
+        if self.config.penalty == "importance":
+            importance.measure(self.layers)
+
+    def _measured(self, task: str) -> dict[str, Importance]:
+        """What was measured of ``task``, by layer, in all as large as its update: no loss's own scale is left in it."""
+        if self.config.penalty != "importance":
+            return {}
+        found = importance.measured(self.layers)
+        layers = [layer for layer in self.layers if layer.name in found]
+        total = math.fsum(held.total for held in found.values())
+        size = math.fsum(
+            squared_norm(LowRank(layer.scaling() * b, a)) for layer in layers for a, b in layer.factors(*layer.whole())
+        )
+        if size > 0 and total == 0:
+            raise ValueError(
+                f"nothing was measured of {task!r}, which is not folded: in this process no backward has gone through "
+                "its LoRA layers (fused kernels pass them by, and a trained adapter that was loaded brings no "
+                "measurement along, as a trainer's checkpoint does); penalty='hadamard' needs none"
+            )
+        return {name: held.scaled(size / total if total > 0 else 0.0) for name, held in found.items()}
+
+    def _folded(self, layer: AdaptedLayer, measured: Importance | None) -> StoredLayer:
         parts = layer.factors(*layer.whole())
         bias = None if (held := layer.bias()) is None else whole(held)
-        folded = fold_layer(self.past.stored(layer), parts, layer.scaling(), bias, self.config.past_rank)
+        before, cap = self.past.stored(layer), self.config.past_rank
+        folded = fold_layer(before, parts, layer.scaling(), bias, cap, measured)
         if self.engine not in SPREAD:
             return folded
         # Every rank keeps its own rows: they must be of one decomposition, to the last bit.
@@ -298,8 +328,10 @@ class FinishedTasks:
                 "from, beside it (keep_past='external'): load them with EllaRegularizer.from_pretrained(model, folder)"
             )
         elif marker is not None:
-            if not marker.exact or {marker.keep_past, self.config.keep_past} != {"adapter"}:
+            lacks_importance = self.config.penalty == "importance"
+            if lacks_importance or not marker.exact or {marker.keep_past, self.config.keep_past} != {"adapter"}:
                 what = "what truncation dropped" if not marker.exact else "which base weights it belongs to"
+                what = "their importance to penalise by" if lacks_importance else what
                 raise ValueError(
                     f"adapter {name!r} holds the finished tasks {list(marker.tasks)}, but not {what}: load it with "
                     "EllaRegularizer.from_pretrained(model, folder), from the folder that the adapter came from"

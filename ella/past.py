@@ -19,7 +19,7 @@ from torch import Tensor
 from ella_kernels import LowRank
 from ella_kernels.lowrank import split_evenly, svd_factors
 
-from .checkpoint import PastState, StoredLayer, save_past
+from .checkpoint import Importance, PastState, StoredLayer, save_past
 from .distributed import is_spread, shape_of, whole
 from .lora import AdaptedLayer, split_parts
 from .merging import MergedBase
@@ -117,8 +117,12 @@ def fold_layer(
     scaling: float,
     bias: Tensor | None,
     max_rank: int,
+    importance: Importance | None = None,
 ) -> StoredLayer:
-    """:func:`fold_factors` of every part ``(A, B)`` of a layer, and the sum of the scaled ``lora_B`` biases."""
+    """:func:`fold_factors` of every part ``(A, B)`` of a layer, and the sum of the scaled ``lora_B`` biases.
+
+    ``importance`` is the task's. Without it the layer has none any more: that of some of its tasks would mislead.
+    """
     pasts = [None] * len(parts) if before is None else before.parts
     folded = [fold_factors(past, a, b, scaling, max_rank) for past, (a, b) in zip(pasts, parts, strict=True)]
     total = None if before is None else before.bias
@@ -129,7 +133,10 @@ def fold_layer(
     made = [part for part, _ in folded]
     if any(part.row_energy is not None for part in made):  # one expert's past may be exact where another's is not
         made = [_with_energies(part) for part in made]
-    return StoredLayer(made, total, [*errors, max(error for _, error in folded)])
+    if importance is not None and before is not None:
+        earlier = before.importance
+        importance = None if earlier is None else importance.plus(earlier.to(importance.rows.device))
+    return StoredLayer(made, total, [*errors, max(error for _, error in folded)], importance)
 
 
 def described(config: LoraConfig) -> dict[str, Any]:
@@ -162,6 +169,7 @@ class Past:
     # with keep_past="external" all of the layer. A layer without dropped components has no energies.
     _energies: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _errors: dict[str, list[float]] = field(default_factory=dict)
+    _importance: dict[str, Importance] = field(default_factory=dict)
     _held: dict[str, StoredLayer] = field(default_factory=dict)
     # What a file beside a saved adapter says of it.
     _shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -226,7 +234,12 @@ class Past:
         if parts is None:
             return None
         bias = self._held[layer.name].bias if self.is_external else layer.bias(self.adapter)
-        return StoredLayer(parts, None if bias is None else whole(bias), self._errors[layer.name])
+        importance = self._importance.get(layer.name)
+        return StoredLayer(parts, None if bias is None else whole(bias), self._errors[layer.name], importance)
+
+    def importance(self, layer: AdaptedLayer) -> Importance | None:
+        """That of a layer's rows and columns to the finished tasks; None where one was folded without."""
+        return self._importance.get(layer.name)
 
     def adopt(self, layers: Iterable[AdaptedLayer], stored: Mapping[str, StoredLayer], trained: LoraConfig) -> None:
         """Take over ``stored`` in place of what was; the factors only where no adapter of the model holds them.
@@ -244,6 +257,7 @@ class Past:
             for name, layer in stored.items()
             if layer.parts[0].row_energy is not None
         }
+        self._importance = {name: layer.importance.to("cpu") for name, layer in stored.items() if layer.importance}
         self._held = dict(stored) if self.is_external else {}
         self._shapes = {layer.name: (layer.n_parts, *layer.shape) for layer in layers}
         self._peft = {
@@ -283,5 +297,5 @@ class Past:
             energies = self._energies.get(name, [(None, None)] * len(parts))
             bias = tensors.get(key_b.removesuffix("weight") + "bias")
             made = [LowRank(left, right, *pair) for (right, left), pair in zip(parts, energies, strict=True)]
-            found[name] = StoredLayer(made, bias, self._errors[name])
+            found[name] = StoredLayer(made, bias, self._errors[name], self._importance.get(name))
         return found

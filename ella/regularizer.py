@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ella_kernels as ek
 
+from . import importance
 from .checkpoint import PAST_FILE, PastState, load_past, save_past
 from .config import AUTO_LAMBDA, MAX_LAMBDA, EllaConfig
 from .distributed import SPREAD, is_writer, refuse_tensor_parallel, wait_for_all
@@ -77,7 +78,13 @@ class EllaRegularizer:
                     "EllaRegularizer"
                 )
         self._finished.check()
+        if config.penalty == "importance":
+            importance.refuse_unmeasured(self.layers)
         self._finished.config = config
+        if config.penalty == "importance":
+            self._finished.measure()
+        else:
+            importance.stop(self.model)
         self._finished.past.config = config.to_dict()
         self._follow()
 
@@ -88,9 +95,13 @@ class EllaRegularizer:
         self._size = sum(layer.n_parts * layer.shape[0] * layer.shape[1] for layer in self._penalised)
         self._linear = LinearLayers(self._penalised)
         self._terms = Terms(self.config, self._penalised, self._linear)
-        self._plan = ek.Plan(self.config.penalty)
+        self._plan = ek.Plan("spectral" if self._is_spectral else "hadamard")
         self._sharded = ShardedPenalty(self._penalised, self._terms)
         self._is_checked = False
+
+    @property
+    def _is_spectral(self) -> bool:
+        return self.config.penalty == "spectral"
 
     @property
     def layers(self) -> list[AdaptedLayer]:
@@ -180,7 +191,7 @@ class EllaRegularizer:
 
     def _add(self, operands: Operands, grads: Sequence[list[tuple[Tensor, Tensor]]], weight: float | Tensor) -> Tensor:
         """Add ``weight · ∂ΣP`` to ``grads``, per layer and part ``(A, B)``; returns ``ΣP``."""
-        add_ = ek.add_spectral_grad_ if self.config.penalty == "spectral" else ek.add_hadamard_grad_
+        add_ = ek.add_spectral_grad_ if self._is_spectral else ek.add_hadamard_grad_
 
         def add(terms: list[Term], a: list[Tensor], b: list[Tensor]) -> Tensor:
             into = [grads[t.layer][t.part] for t in terms]
@@ -223,7 +234,7 @@ class EllaRegularizer:
     def _penalties(
         self, a: list[Tensor], b: list[Tensor], pasts: list[ek.LowRank | None], scalings: list[float]
     ) -> Tensor:
-        grouped = ek.spectral_penalty_grouped if self.config.penalty == "spectral" else ek.hadamard_penalty_grouped
+        grouped = ek.spectral_penalty_grouped if self._is_spectral else ek.hadamard_penalty_grouped
         return grouped(a, b, pasts, scalings)
 
     def _spread(self, training: bool = False) -> str | None:

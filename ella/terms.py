@@ -116,7 +116,7 @@ class Terms:
         """The terms of one layer, from whole factors."""
         layer = self.layers[index]
         scaling = layer.scaling() if self.config.include_scaling else 1.0
-        pasts = past.parts(layer)
+        pasts = _important(past, layer) if self.config.penalty == "importance" else past.parts(layer)
         if pasts is None:
             return [Term(index, part, None, scaling) for part in range(layer.n_parts)]
         wants_size = self.config.normalize is not None or self.config.ella_lambda == "auto"
@@ -131,6 +131,20 @@ class Terms:
         if not self.config.penalty_energies:
             pasts = [ek.LowRank(past.left, past.right) for past in pasts]
         return [Term(index, part, past, scaling, sizes[part]) for part, past in enumerate(pasts)]
+
+
+def _important(past: Past, layer: AdaptedLayer) -> list[ek.LowRank] | None:
+    """``F ≈ ρκᵀ/τ`` in place of ``W ⊙ W``: a past of no components, its energies the importance."""
+    if not past:
+        return None
+    held = past.importance(layer)
+    if held is None:
+        raise ValueError(
+            f"the finished tasks {past.tasks} were folded without the importance that penalty='importance' measures "
+            "while a task is trained: use penalty='hadamard', which needs the past alone"
+        )
+    rows, cols = (part.to(layer.parameters()[0].device) for part in held)
+    return [ek.LowRank(rows.new_zeros(len(rows), 0), cols.new_zeros(0, len(cols)), rows, cols)]
 
 
 def _size(past: ek.LowRank, penalty: str) -> Size:

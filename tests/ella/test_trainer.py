@@ -387,7 +387,7 @@ def test_wrong_attachments_are_named(tmp_path):
     wrapped = nn.Module()
     wrapped.inner = model
     other.model = wrapped
-    with pytest.raises(ValueError, match="a Module, wraps the regularizer's.* give the trainer the PeftModel itself"):
+    with pytest.raises(ValueError, match=r"a Module, wraps the regularizer's.* give the trainer the PeftModel itself"):
         attach(other, reg)
     attach(trainer, reg)
     with pytest.raises(ValueError, match="already has an EllaCallback"):

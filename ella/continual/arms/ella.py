@@ -18,7 +18,8 @@ class Ella(FoldingArm):
     """ELLA (Das Biswas et al., EACL 2026, arXiv 2601.02232): λ‖ΔW ⊙ W_past‖_F² added to the loss from task 2 on.
 
     Nothing is left out. ``EllaConfig`` has the forms: ``penalty_rank`` uses the leading components,
-    ``penalty="spectral"`` the projected norm.
+    ``penalty="spectral"`` the projected norm, ``penalty="importance"`` (this package's own) puts the importance of a
+    coordinate to the finished tasks' losses in place of ``W_past²``.
     """
 
     title = "ELLA"
