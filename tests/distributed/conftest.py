@@ -29,6 +29,7 @@ STEPS = [
     "options:gathered_past", "options:every_kind", "options:offloaded", "options:checkpointed:False",
     "options:checkpointed:True", "options:half", "options:evaluated", "options:unused:ddp", "options:unused:fsdp2",
 ]  # fmt: skip
+MEASURED = ["options:measured:ddp", "options:measured:fsdp2"]
 # With the penalty and without.
 LAYERS = ["loops:every_layer:0.5", "loops:every_layer:0.0"]
 COUNTS = ["options:collectives:4", "options:collectives:32"]
@@ -37,7 +38,7 @@ COUNTS = ["options:collectives:4", "options:collectives:32"]
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
     """What one process gives, without a process group, and without the penalty."""
-    cases = [*PENALTIES, *STEPS, *LAYERS, "options:hsdp"]
+    cases = [*PENALTIES, *STEPS, *LAYERS, *MEASURED, "options:hsdp"]
     for module in ("loops", "trainers"):
         cases += tasks(module, ["alone"]) + tasks(module, ["alone"], "0.0")
     return run(1, cases, tmp_path_factory.mktemp("alone") / "run")
@@ -46,8 +47,8 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="session")
 def two(tmp_path_factory):
     cases = [
-        *tasks("loops", LOOPS), *PENALTIES, *STEPS, LAYERS[0], *COUNTS, "options:work", "options:refusals",
-        "options:exact",
+        *tasks("loops", LOOPS), *PENALTIES, *STEPS, LAYERS[0], *MEASURED, *COUNTS, "options:work",
+        "options:refusals", "options:exact",
     ]  # fmt: skip
     return run(2, cases, tmp_path_factory.mktemp("two") / "run")
 

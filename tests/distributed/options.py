@@ -159,6 +159,26 @@ def unused(folder, engine):
     return step(model, wrapped, reg)
 
 
+def measured(folder, engine):
+    """The importance of a task's coordinates, every rank measuring its own records, and a step of the next task's."""
+    model = adapted("llama")
+    reg = regularized(model, 0.5, penalty="importance")
+    randomise(model, 1)
+    wrapped = DistributedDataParallel(model) if engine == "ddp" and world() > 1 else model
+    wrapped = shard(model) if engine == "fsdp2" else wrapped
+    for task in range(2):
+        step(model, wrapped, reg)
+        torch.manual_seed(task)
+        reg.end_task(str(task))
+        optimizer = torch.optim.SGD(trainable(model), lr=1.0)
+        optimizer.zero_grad()
+        step(model, wrapped, reg)
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = [part for held in reg.state().layers.values() for part in held.importance]
+    return step(model, wrapped, reg) | {"kept": dict(enumerate(kept))}
+
+
 def collectives(folder, layers):
     """How many of each kind a seeding needs, by CommDebugMode, after the first one."""
     found = {}

@@ -42,6 +42,15 @@ def test_an_option_changes_nothing(alone, two, case):
         check(found, alone[case][0])
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_importance_is_measured_on_every_rank(alone, two, engine):
+    case = f"options:measured:{engine}"
+    (wanted,) = alone[case]
+    for found in two[case]:
+        check(found, wanted)
+        assert difference(found["kept"], wanted["kept"]) < 1e-6 and found["penalty"] > 0
+
+
 def test_hybrid_sharding(alone, four):
     for found in four["options:hsdp"]:
         check(found, alone["options:hsdp"][0])

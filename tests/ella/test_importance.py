@@ -288,7 +288,7 @@ def test_a_past_without_it_is_not_penalised_by_it(tmp_path):
     reg.config = CONFIG
     with pytest.raises(ValueError, match=r"tasks \['a'\] were folded without the importance that"):
         reg.penalty()
-    model, reg, _ = finished()
+    _, reg, _ = finished()
     reg.config = EllaConfig()
     assert reg.values()["model.layers.0.self_attn.q_proj"] > 0  # the past itself is there
     reg.end_task("c")  # measured no more
