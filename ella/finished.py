@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from ella_kernels import LowRank
 
@@ -221,6 +222,20 @@ class FinishedTasks:
         """Measure the importance of coordinates to the task in training, where the penalty is of it."""
         if self.config.penalty == "importance":
             importance.measure(self.layers)
+
+    def measure_from(self, losses: Iterable[Tensor]) -> None:
+        """:meth:`ella.EllaRegularizer.measure_importance`."""
+        self.check(training=True)
+        if self.config.penalty != "importance":
+            raise ValueError(
+                f"penalty is {self.config.penalty!r}; what is measured here is for penalty='importance' alone"
+            )
+        importance.clear(self.layers)
+        parameters = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+        for loss in losses:
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+        if all(held.total == 0 for held in importance.measured(self.layers).values()):
+            raise ValueError("no loss depends on the adapter in training: nothing was measured")
 
     def _measured(self, task: str) -> dict[str, Importance]:
         """What was measured of ``task``, by layer, in all as large as its update: no loss's own scale is left in it."""

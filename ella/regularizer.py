@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -303,6 +303,19 @@ class EllaRegularizer:
                 layer is named).
         """
         return self._finished.fold(name)
+
+    def measure_importance(self, losses: Iterable[Tensor]) -> None:
+        """Measure for ``penalty="importance"`` anew, in place of what the training of the task measured.
+
+        Before :meth:`end_task`, from the trained model: nearer to EWC's Fisher than gradients of batches on the way are
+        (docs/math.md). ``.grad`` stays as it is.
+
+        Args:
+            losses: each 0-dim with a graph, best of a single record: ``(model(**record).loss for record in records)``.
+
+        Raises ValueError for another penalty, and where no loss depends on the adapter.
+        """
+        self._finished.measure_from(losses)
 
     def reset_adapter(self) -> None:
         """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is.

@@ -237,9 +237,7 @@ def run_stream(
         called = {"label": config.name, "order": config.order, "tasks": names}
         tracker.describe(run["config"] | called | {"model": run["model"]})
     first = None
-    # The importance is measured while the first task is trained too.
-    measures = "penalty" in arm_class(config.arm).ella_fields and config.ella.penalty == "importance"
-    if first_dir is not None and arm_class(config.arm).begins_plain and not measures:
+    if first_dir is not None and arm_class(config.arm).begins_plain:
         begun = {"config": config.shared(), "model": run["model"], "first": tasks[0].fingerprint()}
         first = FirstTask(first_dir, json.loads(json.dumps(begun)))
     known = untrained, general_before

@@ -18,8 +18,8 @@ from tests.kernels.cases import relative_error
 CONFIG = EllaConfig(penalty="importance")
 
 
-def loss_of(model):
-    return model(input_ids=TOKENS, labels=TOKENS).loss
+def loss_of(model, tokens=TOKENS):
+    return model(input_ids=tokens, labels=tokens).loss
 
 
 def begun(config=CONFIG, **options):
@@ -43,7 +43,7 @@ def is_close(found, want, bound=1e-5):
     )
 
 
-def by_token(model, reg):
+def by_token(model, reg, records=TOKENS):
     """Row and column sums of ``Σ_tokens (δ xᵀ)²`` of every layer: the matrices are formed, in float64."""
     seen, handles = {}, []
 
@@ -56,7 +56,7 @@ def by_token(model, reg):
 
     for layer in reg.layers:
         handles.append(layer.module.register_forward_hook(noting(layer.name)))
-    loss_of(model).backward()
+    loss_of(model, records).backward()
     for handle in handles:
         handle.remove()
     found = {}
@@ -120,6 +120,27 @@ def test_a_step_that_a_scaler_skips_is_left_out():
     want = measured(reg)
     (loss_of(model) * float("inf")).backward()
     assert is_close(measured(reg), want, 1e-12)
+
+
+def test_measured_anew_from_given_losses():
+    """In place of what training measured, record by record; gradients are left alone."""
+    model, reg = begun()
+    (3.0 * loss_of(model)).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad.clone() for p in trained]
+    reg.measure_importance(loss_of(model, row[None]) for row in TOKENS)
+    found = measured(reg)
+    assert all(torch.equal(p.grad, before) for p, before in zip(trained, gradients, strict=True))
+    wanted = {}
+    for row in TOKENS:
+        for name, pair in by_token(model, reg, row[None]).items():
+            before = wanted.get(name, (0.0, 0.0))
+            wanted[name] = [a + b for a, b in zip(before, pair, strict=True)]
+    assert is_close(found, wanted)
+    with pytest.raises(ValueError, match="no loss depends on the adapter in training: nothing was measured"):
+        reg.measure_importance([])
+    with pytest.raises(ValueError, match=r"penalty is 'hadamard'; what is measured here is for penalty='importance'"):
+        begun(EllaConfig())[1].measure_importance([])
 
 
 def test_a_task_begins_anew():
@@ -283,7 +304,7 @@ def test_only_linear_layers_are_measured():
 
 
 def test_a_past_without_it_is_not_penalised_by_it(tmp_path):
-    model, reg = begun(EllaConfig())
+    _, reg = begun(EllaConfig())
     reg.end_task("a")
     reg.config = CONFIG
     with pytest.raises(ValueError, match=r"tasks \['a'\] were folded without the importance that"):

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -142,6 +143,11 @@ class Arm:
         torch.manual_seed(task_seed(self.seed, index))
         for layer in adapted_layers(self.model, self.adapter):
             layer.reset(True)
+
+    def sample(self, index: int, count: int, size: int) -> list[Batch]:
+        """At most ``count`` batches of ``size`` training records of task ``index``."""
+        task = self.train(index)
+        return [(task, rows) for rows in islice(task.batches(size, task_seed(self.seed, index)), count)]
 
     def dense_bytes(self) -> tuple[int, int]:
         """(bytes, layers) of a float32 (out, in) past of every layer the adapter is on."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number
-from .base import Arm, task_seed
+from .base import Arm
 
 __all__ = ["Ewc", "EwcSettings"]
 
@@ -82,10 +81,8 @@ class Ewc(Arm):
         """The mean squared gradient of the task's loss, float32, in eval mode."""
         parameters = self._parameters()
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        task = self.train(index)
-        batches = task.batches(self.settings.fisher_batch, task_seed(self.seed, index))
-        chosen = list(islice(batches, self.settings.fisher_batches))
-        for rows in chosen:
+        chosen = self.sample(index, self.settings.fisher_batches, self.settings.fisher_batch)
+        for task, rows in chosen:
             loss = self.classifier.loss(task, rows)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(total, gradients, strict=True):
