@@ -227,7 +227,7 @@ GOOD = {"tasks": {"docstrings": ["numpy"]}}
         ({**GOOD, "training": {"epochs": None}}, "training.epochs: expected an integer, found None"),
         ({**GOOD, "training": {"dropout": "no"}}, "training.dropout: expected true or false, found 'no'"),
         ({**GOOD, "training": {"evaluate": "some"}}, "evaluate is 'some'; expected 'seen' or 'all'"),
-        ({**GOOD, "ella": {"penalty": "l2"}}, "ella: penalty must be one of 'hadamard', 'spectral', found 'l2'"),
+        ({**GOOD, "ella": {"penalty": "l2"}}, "ella: penalty must be one of 'hadamard', 'spectral', 'importance'"),
         ({**GOOD, "ella": {"ella_lambda": -1}}, "ella: ella_lambda must be finite and at least 0"),
         ({**GOOD, "ella": {"past_rank": True}}, "ella.past_rank: expected an integer, found True"),
         ({**GOOD, "lora": {"target_modules": [1]}}, "lora.target_modules: expected a list of texts"),

@@ -398,6 +398,27 @@ def test_interference_is_told_by_layer(arms):
     assert "interference" not in arms["seqlora"][1].tasks[1]
 
 
+def test_importance_goes_on_where_a_run_stopped(bert, tmp_path):
+    """Its first task is that of the others; what is measured is saved with the past."""
+    tasks = tiny.three_tasks(n_train=16, n_test=8)
+    ordinary = run_stream(watched(bert), tasks, CONFIG, first_dir=tmp_path / "first", progress=False)
+    config = replace(CONFIG, ella=replace(CONFIG.ella, penalty="importance"))
+    whole = run_stream(watched(bert), tasks, config, progress=False)
+    assert whole.matrix.rows[0] == ordinary.matrix.rows[0]
+    assert 0 < whole.tasks[1]["penalty"] != ordinary.tasks[1]["penalty"]
+
+    def stop(index, result):
+        if index == 1:
+            raise KeyboardInterrupt
+
+    run = {"out_dir": tmp_path / "run", "first_dir": tmp_path / "first", "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        run_stream(watched(bert), tasks, config, on_task_end=stop, **run)
+    found = run_stream(watched(bert), tasks, config, **run)
+    assert found.matrix.rows == whole.matrix.rows
+    assert found.tasks[2]["penalty"] == pytest.approx(whole.tasks[2]["penalty"], rel=1e-6)
+
+
 def test_the_first_task_is_trained_once(bert, arms, tmp_path):
     """Methods that begin alike take it from the first that trained it, and end as if they had not."""
     for arm, (_, whole, _) in arms.items():
