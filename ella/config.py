@@ -35,8 +35,8 @@ class EllaConfig:
             penalty to :data:`AUTO_LAMBDA` ``· N / (E · Σ_layers ‖W_past‖_*²)``, the nuclear norm: as strong by chance.
             Never above :data:`MAX_LAMBDA`.
         penalty: "hadamard" ``‖ΔW ⊙ W_past‖_F²`` (Das Biswas et al., EACL 2026), "spectral", the projected norm, or
-            "importance", ``Σ ΔW² F``: F says how much the finished tasks' losses depend on a coordinate, measured while
-            they are trained (:mod:`ella.importance`; linear layers).
+            "importance", ``Σ ΔW² F``: F says how much the finished tasks' losses depend on a coordinate
+            (:mod:`ella.importance`; linear layers), from ``measure_importance`` before each task ends.
         past_rank: cap on the components stored per layer; the past is exact until it is reached.
         penalty_rank: components the penalty uses, the rest entering by its row and column energies; None uses all.
         penalty_energies: False leaves what is beyond those components, or was dropped at ``past_rank``, out of it: the

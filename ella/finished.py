@@ -60,6 +60,7 @@ class FinishedTasks:
         self.watch: ForwardWatch | None = None
         # What spreads the adapter over ranks: as spread_by says.
         self.engine: str | None = None
+        self._measured: dict[str, Importance] | None = None
         # Refuses a model that is no PEFT LoRA before anything is asked of it.
         self._find_layers(config.adapter_name, warn=True)
         if config.penalty == "importance":
@@ -72,7 +73,6 @@ class FinishedTasks:
                 f"adapter {self.adapter!r} is frozen: nothing would be trained. Load it with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or switch adapters on again"
             )
-        self.measure()
 
     @property
     def tasks(self) -> list[str]:
@@ -145,7 +145,6 @@ class FinishedTasks:
         if held:
             return
         knowledge.remove(self.model)
-        importance.stop(self.model)
         tasks = f"its past of the tasks {self.past.tasks}" if self.past.tasks else "its penalty"
         raise ValueError(
             f"this EllaRegularizer has lost its model, and with it {tasks}: {what}. Make a new one for the model that "
@@ -164,7 +163,7 @@ class FinishedTasks:
         self._check_unmerged()
         for layer in self.layers:
             self._check_foldable(layer, name)
-        measured = self._measured(name)
+        measured = self._importance(name)
         folded = {layer.name: self._folded(layer, measured.get(layer.name)) for layer in self.layers}
         if self.config.keep_past == "merge":
             check_fits(self.layers, folded)
@@ -208,7 +207,7 @@ class FinishedTasks:
     def reset(self) -> None:
         """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is."""
         self._check_unmerged()
-        importance.clear(self.layers)
+        self._measured = None
         init = self.model.peft_config[self.adapter].init_lora_weights
         for layer in self.layers:
             if layer.tied_to is None and self.engine == "FSDP2":
@@ -218,42 +217,33 @@ class FinishedTasks:
                 with gathered(layer.all_parameters(layer.adapter), write=True):
                     layer.reset(init)
 
-    def measure(self) -> None:
-        """Measure the importance of coordinates to the task in training, where the penalty is of it."""
-        if self.config.penalty == "importance":
-            importance.measure(self.layers)
-
-    def measure_from(self, losses: Iterable[Tensor]) -> None:
+    def measure(self, losses: Iterable[Tensor]) -> None:
         """:meth:`ella.EllaRegularizer.measure_importance`."""
         self.check(training=True)
         if self.config.penalty != "importance":
             raise ValueError(
                 f"penalty is {self.config.penalty!r}; what is measured here is for penalty='importance' alone"
             )
-        importance.clear(self.layers)
-        parameters = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
-        for loss in losses:
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-        if all(held.total == 0 for held in importance.measured(self.layers).values()):
-            raise ValueError("no loss depends on the adapter in training: nothing was measured")
+        self._measured = importance.measure(self.model, self.layers, losses)
 
-    def _measured(self, task: str) -> dict[str, Importance]:
+    def _importance(self, task: str) -> dict[str, Importance]:
         """What was measured of ``task``, by layer, in all as large as its update: no loss's own scale is left in it."""
         if self.config.penalty != "importance":
             return {}
-        found = importance.measured(self.layers)
-        layers = [layer for layer in self.layers if layer.name in found]
-        total = math.fsum(held.total for held in found.values())
+        layers = [layer for layer in self.layers if layer.tied_to is None]
         size = math.fsum(
             squared_norm(LowRank(layer.scaling() * b, a)) for layer in layers for a, b in layer.factors(*layer.whole())
         )
-        if size > 0 and total == 0:
+        if size == 0:
+            return {layer.name: Importance(*map(torch.zeros, layer.shape)) for layer in layers}
+        if self._measured is None:
             raise ValueError(
-                f"nothing was measured of {task!r}, which is not folded: in this process no backward has gone through "
-                "its LoRA layers (fused kernels pass them by, and a trained adapter that was loaded brings no "
-                "measurement along, as a trainer's checkpoint does); penalty='hadamard' needs none"
+                f"the importance of {task!r} was not measured: before end_task({task!r}) call "
+                "measure_importance(losses) with losses of a hundred or so of its records, or use penalty='hadamard', "
+                "which needs none"
             )
-        return {name: held.scaled(size / total if total > 0 else 0.0) for name, held in found.items()}
+        total = math.fsum(held.total for held in self._measured.values())
+        return {name: held.scaled(size / total) for name, held in self._measured.items()}
 
     def _folded(self, layer: AdaptedLayer, measured: Importance | None) -> StoredLayer:
         parts = layer.factors(*layer.whole())

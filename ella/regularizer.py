@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import ella_kernels as ek
 
-from . import importance
 from .checkpoint import PAST_FILE, PastState, load_past, save_past
 from .config import AUTO_LAMBDA, MAX_LAMBDA, EllaConfig
 from .distributed import SPREAD, is_writer, refuse_tensor_parallel, wait_for_all
 from .export import ExportReport, export_live
 from .finished import FinishedTasks
+from .importance import refuse_unmeasured
 from .linear_layers import LinearLayers, gradients
 from .lora import AdaptedLayer
 from .past import FoldReport
@@ -79,12 +79,8 @@ class EllaRegularizer:
                 )
         self._finished.check()
         if config.penalty == "importance":
-            importance.refuse_unmeasured(self.layers)
+            refuse_unmeasured(self.layers)
         self._finished.config = config
-        if config.penalty == "importance":
-            self._finished.measure()
-        else:
-            importance.stop(self.model)
         self._finished.past.config = config.to_dict()
         self._follow()
 
@@ -305,17 +301,18 @@ class EllaRegularizer:
         return self._finished.fold(name)
 
     def measure_importance(self, losses: Iterable[Tensor]) -> None:
-        """Measure for ``penalty="importance"`` anew, in place of what the training of the task measured.
+        """Measure what the task in training depends on, for ``penalty="importance"``: before its :meth:`end_task`.
 
-        Before :meth:`end_task`, from the trained model: nearer to EWC's Fisher than gradients of batches on the way are
-        (docs/math.md). ``.grad`` stays as it is.
+        In eval mode; no ``.grad`` is touched. Of several processes each measures losses of its own, of the model or the
+        one inside DDP's wrapper.
 
         Args:
-            losses: each 0-dim with a graph, best of a single record: ``(model(**record).loss for record in records)``.
+            losses: each 0-dim with a graph, made while it is asked for, best of a single record; a hundred are enough:
+                ``(model(**record).loss for record in records)``.
 
-        Raises ValueError for another penalty, and where no loss depends on the adapter.
+        Raises ValueError for another penalty, where no loss was measured, or a gradient is not finite.
         """
-        self._finished.measure_from(losses)
+        self._finished.measure(losses)
 
     def reset_adapter(self) -> None:
         """Start the trained adapter afresh, in place: no effect, no gradient, the past as it is.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import importance
 from .acting import TASK
 from .checkpoint import PAST_FILE, load_past, save_past
 from .distributed import agreed_missing, spread_by, whole
@@ -112,8 +111,6 @@ class EllaCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if spread_by(self.regularizer.model, self.regularizer.layers) == "FSDP2" and agreed_missing(folder / PAST_FILE):
             self.regularizer.save_pretrained(folder)
-        if self.regularizer.config.penalty == "importance":
-            importance.save(folder, self.regularizer.layers)
         # A checkpoint of another run that this one, in its first task, has written over: what is left must not act.
         stale = None if self.regularizer.tasks else _state_folder(self.regularizer, folder)
         if stale is not None and state.is_world_process_zero:
@@ -373,8 +370,6 @@ def _restore(regularizer: EllaRegularizer, checkpoint: str) -> None:
             f"{checkpoint} holds no state of ELLA, but {has}: resuming would mix tasks. Resume from a checkpoint that "
             "was written with the regularizer attached"
         )
-    if regularizer.config.penalty == "importance":
-        importance.load(folder, regularizer.layers)
 
 
 def _state_folder(regularizer: EllaRegularizer, checkpoint: str | Path) -> Path | None:

@@ -168,6 +168,12 @@ def measured(folder, engine):
     wrapped = shard(model) if engine == "fsdp2" else wrapped
     for task in range(2):
         step(model, wrapped, reg)
+        # Of the model itself: DDP's wrapper waits for a backward. FSDP2's is the model.
+        own = mine(batch("llama", 10 + task))
+        reg.measure_importance(
+            model(input_ids=ids[None], labels=labels[None]).loss
+            for ids, labels in zip(own["input_ids"], own["labels"], strict=True)
+        )
         torch.manual_seed(task)
         reg.end_task(str(task))
         optimizer = torch.optim.SGD(trainable(model), lr=1.0)
