@@ -163,6 +163,7 @@ def test_ranks_of_the_past():
     assert ranks(2, past_rank=40, penalty_rank=8) == (32, False, 8, True)
     assert ranks(2, penalty_rank=0) == (32, False, 0, True)
     assert ranks(9, past_rank=40, penalty="spectral") == (40, True, 40, False)
+    assert ranks(2, penalty="importance") == (32, False, 0, True)
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
