@@ -22,7 +22,7 @@ MAX_LENGTH = 48
 QUESTION_ORDER = ("library", "exception", "type", "section")
 BENCHMARK_ORDER = ("dbpedia", "amazon", "agnews", "mnli")
 #: Per task, (train, test): small enough without --data for five minutes in all.
-QUESTION_SIZE, BENCHMARK_SIZE = (300, 50), (1000, 300)
+QUESTION_SIZE, BENCHMARK_SIZE = (280, 40), (1000, 300)
 #: A question is two tasks, each of half of its classes: all questions are asked once, then again about the other half.
 #: Its texts are this many times a task's, train and test, so that each half has enough and each seed draws its own.
 PARTS, TEXTS = 2, (3, 6)
