@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", metavar="DIR", help="benchmark folder <group>/<task>/*.json (default: installed code)")
     demo.add_argument("--order", type=_names, help="task names, comma-separated (with --data)")
     demo.add_argument("--seeds", type=_integers, default=(0,), help="comma-separated, or a-b (default 0)")
-    demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 300)")
-    demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 50)")
+    demo.add_argument("--train-examples", type=_positive, metavar="N", help="per task (1000 with --data, else 280)")
+    demo.add_argument("--test-examples", type=_positive, metavar="N", help="per task (300 with --data, else 40)")
     demo.add_argument(
         "--ella-lambda", type=_strength, default="auto", metavar="X", help="of the penalty (default auto)"
     )
