@@ -215,7 +215,8 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The sums of float32 ``tensors`` over all processes, in one all-reduce; copies."""
     if not is_running() or dist.get_world_size() == 1:
         return [tensor.clone() for tensor in tensors]
-    flat = torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
+    flat = torch.cat([tensor.reshape(-1).to(device) for tensor in tensors])
     dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]

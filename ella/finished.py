@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 from pathlib import Path
@@ -60,7 +61,8 @@ class FinishedTasks:
         self.watch: ForwardWatch | None = None
         # What spreads the adapter over ranks: as spread_by says.
         self.engine: str | None = None
-        self._measured: dict[str, Importance] | None = None
+        # What was measured of the task in training, and what of.
+        self._measured: tuple[dict[str, Importance], tuple] | None = None
         # Refuses a model that is no PEFT LoRA before anything is asked of it.
         self._find_layers(config.adapter_name, warn=True)
         if config.penalty == "importance":
@@ -224,7 +226,16 @@ class FinishedTasks:
             raise ValueError(
                 f"penalty is {self.config.penalty!r}; what is measured here is for penalty='importance' alone"
             )
-        self._measured = importance.measure(self.model, self.layers, losses)
+        for layer in self.layers if self.past else ():
+            if layer.tied_to is None:
+                self.past.importance(layer)
+        found = importance.measure(self.model, self.layers, losses)
+        self._measured = found, self._trained_now()
+
+    def _trained_now(self) -> tuple:
+        """What a measurement is of: the finished tasks and, where this process writes them, the factors in training."""
+        parameters = [p for layer in self.layers for p in layer.parameters()] if self.engine is None else []
+        return tuple(self.past.tasks), [p._version for p in parameters]
 
     def _importance(self, task: str) -> dict[str, Importance]:
         """What was measured of ``task``, by layer, in all as large as its update: no loss's own scale is left in it."""
@@ -235,15 +246,21 @@ class FinishedTasks:
             squared_norm(LowRank(layer.scaling() * b, a)) for layer in layers for a, b in layer.factors(*layer.whole())
         )
         if size == 0:
-            return {layer.name: Importance(*map(torch.zeros, layer.shape)) for layer in layers}
-        if self._measured is None:
+            return {layer.name: importance.nothing(layer) for layer in layers}
+        measured, of = self._measured or (None, None)
+        if measured is not None and of != self._trained_now():
+            raise ValueError(
+                f"the importance was measured before {task!r} was trained to where it is now: call "
+                "measure_importance(losses) after the last step"
+            )
+        if measured is None:
             raise ValueError(
                 f"the importance of {task!r} was not measured: before end_task({task!r}) call "
                 "measure_importance(losses) with losses of a hundred or so of its records, or use penalty='hadamard', "
                 "which needs none"
             )
-        total = math.fsum(held.total for held in self._measured.values())
-        return {name: held.scaled(size / total) for name, held in self._measured.items()}
+        total = math.fsum(held.total for held in measured.values())
+        return {name: held.scaled(size / total) for name, held in measured.items()}
 
     def _folded(self, layer: AdaptedLayer, measured: Importance | None) -> StoredLayer:
         parts = layer.factors(*layer.whole())
@@ -345,6 +362,11 @@ class FinishedTasks:
             self._install_loaded(marker)
         elif "ella_past" in model.peft_config:
             self._install_old()
+        elif before := follows(model.peft_config[name].rank_pattern):
+            raise ValueError(
+                f"adapter {name!r} was saved as the task in training after the finished tasks {before}, which are not "
+                "in it: load the folder above the one it came from with PeftModel.from_pretrained"
+            )
         elif TASK in model.peft_config:
             raise ValueError(
                 f"the model has an adapter {TASK!r}, but {name!r} is no knowledge adapter of ELLA; delete {TASK!r}, or "
@@ -368,19 +390,26 @@ class FinishedTasks:
         name, tasks = self.config.adapter_name, list(marker.tasks)
         self._check_unmerged()
         stored = self._held_by(name, len(tasks))
-        # What rounds the factors to half precision moves this by less than a percent.
-        if marker.energy is not None and not math.isclose(found := energy_of(stored), marker.energy, rel_tol=0.05):
-            raise ValueError(
-                f"the configuration of adapter {name!r} is that of the finished tasks {tasks}, but its factors are not "
-                f"(‖W_past‖_F² is {found:.3g}, was {marker.energy:.3g}): load it from its folder with "
-                "PeftModel.from_pretrained(..., is_trainable=True), or give get_peft_model a LoraConfig of its own"
-            )
+        if marker.energy is not None:
+            self._check_energy(energy_of(stored), marker.energy, tasks)
         if TASK in self.model.peft_config:
             _check_follows(self.model.peft_config[TASK].rank_pattern, tasks, f"the adapter {TASK!r}")
         else:
             knowledge.add_trained_adapter(self.model, name, marker)
         self.model.set_adapter(TASK)
         self.install(stored)
+
+    def _check_energy(self, found: float, noted: float, tasks: list[str]) -> None:
+        """Refuse factors that cannot be those of ``tasks``; rounding to half precision is under a percent."""
+        said = f"‖W_past‖_F² of the finished tasks {tasks} is {found:.3g}, was {noted:.3g} when they were saved"
+        if not noted / 2 <= found <= noted * 2:
+            raise ValueError(
+                f"the configuration of adapter {self.config.adapter_name!r} is that of finished tasks, but its factors "
+                f"are not ({said}): load it from its folder with PeftModel.from_pretrained(..., is_trainable=True), or "
+                "give get_peft_model a LoraConfig of its own. Factors that were trained on since are no finished tasks"
+            )
+        if not math.isclose(found, noted, rel_tol=0.05):
+            warnings.warn(f"{said}: the adapter has been changed since, and is taken as it is", stacklevel=6)
 
     def _install_old(self) -> None:
         """The form of version 0.1.0: the past in an adapter "ella_past", the trained one under the user's name."""
@@ -431,8 +460,10 @@ class FinishedTasks:
         if not state.layers:
             self.past.tasks = list(state.tasks)
             return
-        if marker is not None and marker.keep_past != "external" and TASK not in model.peft_config:
-            knowledge.add_trained_adapter(model, name, marker, folder)
+        if TASK in model.peft_config:
+            _check_follows(model.peft_config[TASK].rank_pattern, state.tasks, f"the adapter {TASK!r}")
+        elif marker is not None and marker.keep_past != "external":
+            knowledge.add_trained_adapter(model, name, marker, folder and _trained_folder(folder))
         if TASK in model.peft_config:
             model.set_adapter(TASK)
         # A reference copied from another state: whoever needs one makes or loads it anew.
@@ -495,7 +526,17 @@ def _check_beside(state: PastState, folder: Path) -> None:
             f"{state.tasks}: one was written later, over that of another time or run; write both at once with "
             "model.save_pretrained(folder), or each into a folder of its own"
         )
-    _check_follows(_saved_pattern(folder / TASK), tasks, f"the adapter in {folder / TASK}")
+    own = _trained_folder(folder)
+    _check_follows(_saved_pattern(own), tasks, f"the adapter in {own}")
+
+
+def _trained_folder(folder: Path) -> Path:
+    """Where PEFT saves the trained adapter whose finished tasks are in ``folder``: inside of it, or beside it.
+
+    Of an adapter of another name than "default", which has a folder of its own.
+    """
+    beside = folder.parent / TASK
+    return beside if not (folder / TASK).is_dir() and (beside / "adapter_config.json").is_file() else folder / TASK
 
 
 def _check_follows(rank_pattern: Mapping[str, int] | None, tasks: list[str], what: str) -> None:

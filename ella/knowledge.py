@@ -336,7 +336,7 @@ def _copy_adapter(module: LoraLayer, source: str, to: str) -> None:
 
 
 def add_trained_adapter(model: PeftModel, knowledge: str, marker: Marker, folder: Path | None = None) -> None:
-    """Add :data:`TASK` to a model that PEFT loaded with the knowledge alone: as saved in ``folder``, else fresh."""
+    """Add :data:`TASK` to a model that PEFT loaded with the knowledge alone: as saved in its ``folder``, else fresh."""
     config = copy.copy(model.peft_config[knowledge])
     for name, value in marker.trained.items():
         setattr(config, name, value)
@@ -356,8 +356,8 @@ def add_trained_adapter(model: PeftModel, knowledge: str, marker: Marker, folder
             _tie(by_name[layer.tied_to], layer.module)
     model.base_model._cast_adapter_dtype(adapter_name=TASK, autocast_adapter_dtype=True)
     _add_modules(model, knowledge)
-    if folder is not None and (folder / TASK).is_dir():
-        model.load_adapter(str(folder / TASK), TASK, is_trainable=True)
+    if folder is not None and folder.is_dir():
+        model.load_adapter(str(folder), TASK, is_trainable=True)
     model.set_adapter(TASK)
 
 

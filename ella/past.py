@@ -237,9 +237,15 @@ class Past:
         importance = self._importance.get(layer.name)
         return StoredLayer(parts, None if bias is None else whole(bias), self._errors[layer.name], importance)
 
-    def importance(self, layer: AdaptedLayer) -> Importance | None:
-        """That of a layer's rows and columns to the finished tasks; None where one was folded without."""
-        return self._importance.get(layer.name)
+    def importance(self, layer: AdaptedLayer) -> Importance:
+        """That of a layer's rows and columns to the finished tasks. Raises ValueError where one was folded without."""
+        held = self._importance.get(layer.name)
+        if held is None:
+            raise ValueError(
+                f"the finished tasks {self.tasks} were folded without the importance that penalty='importance' is of "
+                "(measure_importance): use penalty='hadamard', which needs the past alone"
+            )
+        return held
 
     def adopt(self, layers: Iterable[AdaptedLayer], stored: Mapping[str, StoredLayer], trained: LoraConfig) -> None:
         """Take over ``stored`` in place of what was; the factors only where no adapter of the model holds them.

@@ -303,14 +303,17 @@ class EllaRegularizer:
     def measure_importance(self, losses: Iterable[Tensor]) -> None:
         """Measure what the task in training depends on, for ``penalty="importance"``: before its :meth:`end_task`.
 
-        In eval mode; no ``.grad`` is touched. Of several processes each measures losses of its own, of the model or the
-        one inside DDP's wrapper.
+        In eval mode, after the last step; no ``.grad`` is touched, and a second call replaces the first. Of several
+        processes each measures losses of its own, of the model or the one inside DDP's wrapper.
 
         Args:
-            losses: each 0-dim with a graph, made while it is asked for, best of a single record; a hundred are enough:
-                ``(model(**record).loss for record in records)``.
+            losses: each 0-dim, made while it is asked for, by a forward of its own, best of a single record; a hundred
+                are enough: ``(model(**record).loss for record in records)``.
 
-        Raises ValueError for another penalty, where no loss was measured, or a gradient is not finite.
+        Raises:
+            TypeError: not losses.
+            ValueError: another penalty, finished tasks without importance, nothing to measure, a loss without a forward
+                of its own, a gradient that is not finite or does not reach a layer.
         """
         self._finished.measure(losses)
 

@@ -137,13 +137,7 @@ def _important(past: Past, layer: AdaptedLayer) -> list[ek.LowRank] | None:
     """``F ≈ ρκᵀ/τ`` in place of ``W ⊙ W``: a past of no components, its energies the importance."""
     if not past:
         return None
-    held = past.importance(layer)
-    if held is None:
-        raise ValueError(
-            f"the finished tasks {past.tasks} were folded without the importance that penalty='importance' is of "
-            "(measure_importance): use penalty='hadamard', which needs the past alone"
-        )
-    rows, cols = (part.to(layer.parameters()[0].device) for part in held)
+    rows, cols = (part.to(layer.parameters()[0].device) for part in past.importance(layer))
     return [ek.LowRank(rows.new_zeros(len(rows), 0), cols.new_zeros(0, len(cols)), rows, cols)]
 
 

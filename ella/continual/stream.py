@@ -33,6 +33,7 @@ from .general import General, check_general
 from .metrics import NAN, AccuracyMatrix
 from .state import StreamState, adapter_parameters
 from .tasks import AnyTask, TextTask
+from .texts import cuts_together
 from .tracking import Tracker
 
 __all__ = ["StreamConfig", "StreamResult", "run_stream"]
@@ -264,11 +265,12 @@ def _run_tasks(
     loaded = _saved_result(saved, state) if state and saved else None
     # A finished run is read, not measured again.
     finished = loaded is not None and len(loaded.tasks) == len(tasks)
-    test = [] if finished else [_encode(classifier, task, "test") for task in tasks]
     train = _Encoded(classifier, tasks)
     # What a tokenizer loses of a later task is said now, not after hours of training.
-    for index in range(len(loaded.tasks) if loaded else 0, len(tasks)):
-        train(index)
+    with cuts_together():
+        test = [] if finished else [_encode(classifier, task, "test") for task in tasks]
+        for index in range(len(loaded.tasks) if loaded else 0, len(tasks)):
+            train(index)
 
     arm = config.make_arm(classifier, train)
     arm.n_tasks = len(tasks)

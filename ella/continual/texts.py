@@ -7,10 +7,14 @@ import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
-__all__ = ["check_answers", "check_labels", "cut", "ids_of", "normal", "specials", "tokenizer_fingerprint"]
+__all__ = [
+    "check_answers", "check_labels", "cut", "cuts_together", "ids_of", "normal", "specials", "tokenizer_fingerprint",
+]  # fmt: skip
 
 # Names that the parts of a pair go by, e.g. "premise: ... hypothesis: ..." or "sentence 1: ... sentence 2: ...".
 _PART = re.compile(
@@ -124,16 +128,43 @@ def cut(
         ids = tokens[i]
         end = room // 2 if i in pairs else room if prompts or tokenizer.truncation_side == "left" else 0
         tokens[i] = ids[: room - end] + ids[len(ids) - end :]
-    if long:
-        share = f"{100 * len(long) / len(tokens):.0f} %"
-        of_pairs = f"; {len(pairs)} that are pairs lost their middle" if pairs and not prompts else ""
+    _tell((kind, room, max_length), (len(long), len(tokens), 0 if prompts else len(pairs)))
+    return tokens
+
+
+_Limits = tuple[str, int, int]
+_Counts = tuple[int, int, int]
+# While cuts are told together: what was cut so far, of all, and of pairs, by kind, room and max_length.
+_together: ContextVar[dict[_Limits, list[_Counts]] | None] = ContextVar("together", default=None)
+
+
+@contextmanager
+def cuts_together() -> Iterator[None]:
+    """What is cut within is told once, after it, with all that was read."""
+    found: dict[_Limits, list[_Counts]] = {}
+    before = _together.set(found)
+    try:
+        yield
+    finally:
+        _together.reset(before)
+    for limits, counts in found.items():
+        long, of, pairs = map(sum, zip(*counts, strict=True))
+        _tell(limits, (long, of, pairs))
+
+
+def _tell(limits: _Limits, counts: _Counts) -> None:
+    (kind, room, max_length), (long, of, pairs) = limits, counts
+    together = _together.get()
+    if together is not None:
+        together.setdefault(limits, []).append(counts)
+    elif long:
+        of_pairs = f"; {pairs} that are pairs lost their middle" if pairs else ""
         warnings.warn(
-            f"{len(long)} of {len(tokens)} {kind} ({share}) are longer than the {room} tokens that "
+            f"{long} of {of} {kind} ({100 * long / of:.0f} %) are longer than the {room} tokens that "
             f"max_length {max_length} and the model leave them and were cut{of_pairs}; "
             "a higher max_length, where the model has positions for it, reads more of them",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return tokens
 
 
 def _is_pair(sentence: str, separator: str | None) -> bool:

@@ -50,7 +50,7 @@ def ranks_of(layer: Layer, ella: EllaConfig, tasks: int | None) -> Ranks:
     used = stored if ella.penalty_rank is None else min(stored, ella.penalty_rank)
     has_energy = (is_truncated or used < stored) and ella.penalty == "hadamard"
     if ella.penalty == "importance":
-        used, has_energy = 0, True
+        used, has_energy = 0, stored > 0
     return Ranks(stored, is_truncated, used, has_energy)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ella.continual.models import EncoderClassifier, LabelGenerator, LoraSettings, build_classifier
-from ella.continual.texts import check_labels, cut, ids_of, normal, specials, tokenizer_fingerprint
+from ella.continual.texts import check_labels, cut, cuts_together, ids_of, normal, specials, tokenizer_fingerprint
 
 from . import tiny
 
@@ -134,7 +134,7 @@ def silent(function, *arguments):
     """The value and the warnings of a call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        return function(*arguments), [str(w.message) for w in caught if w.category is UserWarning]
+        return function(*arguments), [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
 def test_cut_sentences_are_counted_once(minilm):
@@ -147,6 +147,20 @@ def test_cut_sentences_are_counted_once(minilm):
     assert [task.tokens[0]] == plain
     just = minilm.tokenizer.decode(plain[0], skip_special_tokens=True)
     assert silent(minilm.encode, records(just, "short", label="a"), ("a", "b"))[1] == []
+
+
+def test_what_several_encodings_cut_is_said_once(minilm):
+    def encode():
+        with cuts_together():
+            minilm.encode(records(STORY, "short", label="a"), ("a", "b"))
+            warnings.warn("something else", stacklevel=1)
+            minilm.encode(records("short", label="a"), ("a", "b"))
+            minilm.encode(records(STORY, STORY, "premise: " + STORY + " hypothesis: no", label="a"), ("a", "b"))
+
+    _, told = silent(encode)
+    assert told[0] == "something else" and len(told) == 2
+    assert told[1].startswith("4 of 6 sentences (67 %) are longer than the 14 tokens")
+    assert "1 that are pairs lost their middle" in told[1]
 
 
 @pytest.mark.parametrize("form", PAIRS)

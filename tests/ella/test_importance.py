@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from ella import EllaConfig, EllaRegularizer, attach, importance
 from ella.checkpoint import PAST_FILE
@@ -110,6 +110,46 @@ def test_it_is_measured_in_eval_mode_and_leaves_no_trace(reentrant):
     assert all(torch.equal(p.grad, before) for p, before in zip(trained, gradients, strict=True))
     assert all(module.training for module in model.modules())
     assert not any(isinstance(h, importance._Note) for m in model.modules() for h in m._forward_hooks.values())
+
+
+def test_an_activation_in_place_is_not_in_it():
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(inplace=in_place), torch.nn.Linear(16, 4))
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        reg = EllaRegularizer(model, CONFIG)
+        found.append(importance.measure(model, reg.layers, (model(x).square().sum() for x in torch.eye(8))))
+    assert is_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_half_precision(inside):
+    """Small gradients in float16, the forward or all of it under autocast, are not flushed to zero."""
+    model, reg = begun()
+    want = measured(model, reg)
+
+    def halved(m):
+        for row in TOKENS:
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(m, row[None])
+            yield 1e-3 * loss
+
+    with torch.autocast("cpu", torch.float16, enabled=inside):
+        found = measured(model, reg, halved)
+    assert is_close({n: [1e6 * part.double() for part in pair] for n, pair in found.items()}, want, 1e-2)
+
+
+def test_compiled_code_is_measured():
+    model, reg = begun(target_modules=["q_proj", "gate_proj", "down_proj"])
+    want = measured(model, reg)
+    for block in model.base_model.model.model.layers:
+        block.mlp.compile(backend="aot_eager")
+    loss_of(model).backward()
+    assert is_close(measured(model, reg), want)
+    whole, other = begun(target_modules=["q_proj", "gate_proj", "down_proj"])
+    whole.compile(backend="aot_eager")
+    assert is_close(measured(whole, other), want)
 
 
 def test_only_the_adapter_in_training_is_measured():
@@ -253,19 +293,66 @@ def test_a_task_that_was_not_measured_is_not_folded():
 
 def test_losses_that_tell_nothing_are_refused():
     model, reg = begun()
-    nothing = r"nothing was measured: expected losses that are computed while they are asked for"
-    for of in ([], [loss_of(model)], (sum(p.sum() for p in model.parameters()) for _ in range(1))):
-        with pytest.raises(ValueError, match=nothing):
+    with pytest.raises(
+        ValueError, match=r"nothing was measured: expected losses that depend on the LoRA layers, \(model"
+    ):
+        reg.measure_importance([])
+    own = r"loss {} comes from no forward of its own through the LoRA layers: expected losses that are computed while"
+
+    def of_one_forward():
+        """Per record, of a batch: the second one's gradients would be lost."""
+        scores = model(input_ids=TOKENS).logits[:, :-1].transpose(1, 2)
+        yield from torch.nn.functional.cross_entropy(scores, TOKENS[:, 1:], reduction="none").mean(1)
+
+    of_weights = (sum(p.sum() for p in model.parameters()) for _ in range(1))
+    for of, number in (([loss_of(model)], 1), (of_weights, 1), (of_one_forward(), 2)):
+        with pytest.raises(ValueError, match=own.format(number)):
             reg.measure_importance(of)
-    with pytest.raises(ValueError, match=r"a loss has no graph: compute it with adapters enabled, outside"):
+    with pytest.raises(ValueError, match=r"loss 1 has no graph: compute it with adapters enabled, outside"):
         reg.measure_importance(loss.detach() for loss in losses(model))
     with pytest.raises(ValueError, match=r"gradients of .*q_proj are not finite: nothing is taken"):
         reg.measure_importance(losses(model, float("inf")))
     with pytest.raises(ValueError, match=r"penalty is 'hadamard'; what is measured here is for penalty='importance'"):
         begun(EllaConfig())[1].measure_importance([])
+    with pytest.raises(TypeError, match=r"loss 1 must be a tensor of one element, \(model.*; found CausalLMOutput"):
+        reg.measure_importance(model(input_ids=row[None]) for row in TOKENS)
+    with pytest.raises(TypeError, match=r"losses must be made one by one, .*; found Tensor"):
+        reg.measure_importance(loss_of(model))
     model.disable_adapter_layers()
-    with pytest.raises(ValueError, match="a loss has no graph"):
+    with pytest.raises(ValueError, match="loss 1 has no graph"):
         reg.measure_importance(losses(model))
+
+
+def test_what_was_measured_before_the_last_step_is_not_taken():
+    model, reg = begun()
+    reg.measure_importance(losses(model))
+    randomise(model, 5)
+    with pytest.raises(ValueError, match="was measured before 'a' was trained to where it is now"):
+        reg.end_task("a")
+    other = EllaRegularizer(model, CONFIG)
+    reg.measure_importance(losses(model))
+    other.measure_importance(losses(model))
+    other.end_task("a")
+    randomise(model, 6)
+    with pytest.raises(ValueError, match="was measured before 'b' was trained"):
+        reg.end_task("b")
+    reg.measure_importance(losses(model))
+    reg.end_task("b")
+    assert reg.tasks == ["a", "b"]
+
+
+def test_a_layer_that_no_gradient_reaches_is_named():
+    model, reg = begun()
+    projection = model.base_model.model.model.layers[0].self_attn.q_proj
+
+    def elsewhere(module, args, output):
+        return output.detach()
+
+    handle = projection.register_forward_hook(elsewhere)
+    with pytest.raises(ValueError, match=r"no gradient reaches model.layers.0.self_attn.q_proj, although its forward"):
+        reg.measure_importance(losses(model))
+    handle.remove()
+    reg.measure_importance(losses(model))
 
 
 def test_only_linear_layers_are_measured():
@@ -284,8 +371,9 @@ def test_a_past_without_it_is_not_penalised_by_it():
     _, reg = begun(EllaConfig())
     reg.end_task("a")
     reg.config = CONFIG
-    with pytest.raises(ValueError, match=r"tasks \['a'\] were folded without the importance that"):
-        reg.penalty()
+    for call in (reg.penalty, lambda: reg.measure_importance([])):
+        with pytest.raises(ValueError, match=r"tasks \['a'\] were folded without the importance that"):
+            call()
     _, reg, _ = finished()
     reg.config = EllaConfig()
     assert reg.values()["model.layers.0.self_attn.q_proj"] > 0  # the past itself is there

@@ -184,6 +184,59 @@ def test_finished_tasks_saved_over_an_earlier_save_are_not_mixed(tmp_path):
     assert relative_error(logits(loaded), want) < 1e-6
 
 
+def test_a_trained_adapter_of_an_earlier_save_is_not_taken_beside_newer_tasks(tmp_path):
+    model, reg = finished()
+    model.save_pretrained(tmp_path / "old")
+    reg.end_task("b")
+    model.save_pretrained(tmp_path / "new")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "new", is_trainable=True)
+    loaded.load_adapter(str(tmp_path / "old" / TASK), TASK, is_trainable=True)  # this is task b
+    with pytest.raises(ValueError, match=r"the adapter 'ella_task' was trained after the finished tasks \['a'\]"):
+        EllaRegularizer.from_pretrained(loaded, tmp_path / "new")
+    alone = PeftModel.from_pretrained(llama(), tmp_path / "old" / TASK, is_trainable=True)
+    with pytest.raises(
+        ValueError, match=r"'default' was saved as the task in training after the finished tasks \['a'\]"
+    ):
+        EllaRegularizer(alone)
+
+
+@pytest.mark.parametrize("place", ["", "foo"])
+def test_an_adapter_of_another_name_goes_on_with_its_task(tmp_path, place):
+    """PEFT gives it a folder of its own, and the trained one another beside it."""
+    config = EllaConfig(adapter_name="foo")
+    model = get_peft_model(llama(), lora(), adapter_name="foo")
+    reg = EllaRegularizer(model, config)
+    randomise(model, 1, "foo")
+    reg.end_task("a")
+    randomise(model, 2)
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "foo", adapter_name="foo", is_trainable=True)
+    EllaRegularizer.from_pretrained(loaded, tmp_path / place)
+    assert relative_error(logits(loaded), want) < 1e-6
+    reg.end_task("b")
+    model.save_pretrained(tmp_path, selected_adapters=["foo"])
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "foo", adapter_name="foo", is_trainable=True)
+    with pytest.raises(ValueError, match=r"ella_task was trained after the finished tasks \['a'\], the adapter beside"):
+        EllaRegularizer.from_pretrained(loaded, tmp_path / place)
+
+
+def test_finished_tasks_that_were_trained_on_are_taken_with_a_warning(tmp_path):
+    """As the plain LoRA that they are, by PEFT alone."""
+    model, _ = finished()
+    model.save_pretrained(tmp_path / "learned")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "learned", is_trainable=True)
+    with torch.no_grad():
+        for name, p in loaded.named_parameters():
+            if "lora_B" in name:
+                p.mul_(1.1)
+    loaded.save_pretrained(tmp_path / "more")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "more", is_trainable=True)
+    with pytest.warns(UserWarning, match=r"of the finished tasks \['a'\] is .*: the adapter has been changed since"):
+        assert EllaRegularizer(again).tasks == ["a"]
+    assert relative_error(logits(again), logits(loaded)) < 1e-6
+
+
 def get_fresh():
     return get_peft_model(llama(), lora())
 
@@ -212,7 +265,7 @@ def test_a_configuration_alone_is_no_past(tmp_path):
     model, _ = finished()
     model.save_pretrained(tmp_path)
     fresh = get_peft_model(llama(), LoraConfig.from_pretrained(tmp_path))
-    with pytest.raises(ValueError, match=r"is that of the finished tasks \['a'\], but its factors are not \("):
+    with pytest.raises(ValueError, match=r"is that of finished tasks, but its factors are not .* \['a'\] is"):
         EllaRegularizer(fresh)
     half = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).to(torch.bfloat16)
     assert EllaRegularizer(half).tasks == ["a"]
