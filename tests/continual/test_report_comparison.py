@@ -76,6 +76,19 @@ def test_no_rival_no_comparison():
     assert [c.rival for c in found] == ["x", "x"]
 
 
+def test_ella_with_a_penalty_of_its_own_is_compared_too():
+    own = three_seeds("ELLA importance", (75.0, 76.0, 77.0), arm="ella")
+    for run in own:
+        run.config["ella"] = {**run.config["ella"], "penalty": "importance"}
+    results = [*ELLA, *own, *three_seeds("x", (71.0, 71.0, 71.0))]
+    said = [found.sentence for found in comparisons(results)]
+    assert said[0].startswith("By overall accuracy ELLA is 1.0 ± 1.2 points above x, the best other method")
+    assert said[2] == (
+        "By overall accuracy ELLA importance is 5.0 ± 0.6 points above x, the best other method, ahead on 3 of 3 seeds."
+    )
+    assert len(said) == 4 and all(line in " ".join(page(results).text) for line in said)
+
+
 def test_backward_transfer_has_its_own_best_rival():
     results = [*ELLA, *three_seeds("sharp", (69.0,) * 3, bwt=-30.0), *three_seeds("calm", (40.0,) * 3, bwt=-2.0)]
     by_oa, by_bwt = comparisons(results)

@@ -22,7 +22,7 @@ class Comparison:
     """Paired differences of ELLA and ``rival`` in ``metric``, in points: one per run of the same order and seed.
 
     ``mean`` is theirs, ``standard_error`` that of the mean (NaN for one pair); ``wins`` of ``pairs`` are above zero.
-    ``orders`` is how many orders the pairs are of, ``runs`` how many runs ELLA has.
+    ``orders`` is how many orders the pairs are of, ``runs`` how many runs ELLA has; ``ours`` is the form of ELLA.
     """
 
     metric: str
@@ -33,6 +33,7 @@ class Comparison:
     pairs: int
     runs: int
     orders: int = 1
+    ours: str = OURS
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -47,11 +48,11 @@ class Comparison:
         """
         rival = f"{title_of(self.rival)}, the best other method"
         error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.1f}"
-        size = f"{abs(self.mean):.1f}"
+        size, ours = f"{abs(self.mean):.1f}", title_of(self.ours)
         if size == "0.0":
-            said = f"ELLA is level with {rival} (a difference of {size}{error} points)"
+            said = f"{ours} is level with {rival} (a difference of {size}{error} points)"
         else:
-            said = f"ELLA is {size}{error} points {'above' if self.mean > 0 else 'below'} {rival}"
+            said = f"{ours} is {size}{error} points {'above' if self.mean > 0 else 'below'} {rival}"
         unit = "seed" if self.orders == 1 else "run"
         if self.pairs == 1:
             count = f"{'ahead' if self.wins else 'not ahead'} on the one {unit}"
@@ -69,15 +70,22 @@ def comparisons(results: Sequence[StreamResult]) -> list[Comparison]:
     """By overall accuracy and by backward transfer, where both arms have them; over all orders in ``results``.
 
     The rival is the method with the best mean, over orders where there are several; ELLA under other settings is none,
-    nor is a method that is given more than a stream gives.
+    nor is a method that is given more than a stream gives. ELLA with a penalty of its own is compared too.
     """
-    return [found for metric in ("OA", "BWT") if (found := _comparison(results, metric)) is not None]
+    ours = [OURS, *(arm for arm, runs in by_arm(results).items() if arm != OURS and _has_own_penalty(runs[0]))]
+    return [
+        found for arm in ours for metric in ("OA", "BWT") if (found := _comparison(results, arm, metric)) is not None
+    ]
 
 
-def _comparison(results: Sequence[StreamResult], metric: str) -> Comparison | None:
+def _has_own_penalty(run: StreamResult) -> bool:
+    return run.config["arm"] == OURS and run.config.get("ella", {}).get("penalty", "hadamard") != "hadamard"
+
+
+def _comparison(results: Sequence[StreamResult], ours: str, metric: str) -> Comparison | None:
     orders = list(by_order(results))
     scores = {arm: _scores(runs, metric) for arm, runs in by_arm(results).items()}
-    mine = scores.get(OURS, {})
+    mine = scores.get(ours, {})
     rivals = {
         arm: level
         for arm, runs in by_arm(results).items()
@@ -99,6 +107,7 @@ def _comparison(results: Sequence[StreamResult], metric: str) -> Comparison | No
         pairs=len(differences),
         runs=len(mine),
         orders=len(orders),
+        ours=ours,
     )
 
 
