@@ -19,6 +19,7 @@ from ella.continual.first import FirstTask
 from ella.continual.models import EncoderClassifier, LoraSettings, build_classifier
 from ella.continual.stream import StreamConfig, StreamResult, run_stream, task_seed
 from ella.knowledge import trained_adapter
+from ella.lora import adapted_layers
 
 from . import tiny
 
@@ -406,6 +407,8 @@ def test_importance_goes_on_where_a_run_stopped(bert, tmp_path):
     whole = run_stream(watched(bert), tasks, config, progress=False)
     assert whole.matrix.rows[0] == ordinary.matrix.rows[0]
     assert 0 < whole.tasks[1]["penalty"] != ordinary.tasks[1]["penalty"]
+    shapes = [layer.shape for layer in adapted_layers(watched(bert).model, "default")]
+    assert whole.state_bytes - ordinary.state_bytes == sum(4 * (out + in_) for out, in_ in shapes)
 
     def stop(index, result):
         if index == 1:

@@ -34,5 +34,10 @@ class Ella(FoldingArm):
             self.past.measure_importance(self.classifier.loss(task, rows) for task, rows in chosen)
         super().after_task(index, name)
 
+    def state_bytes(self) -> int:
+        importance = self.past.state().layers.values() if self.ella.penalty == "importance" else ()
+        held = [part for layer in importance for part in layer.importance or ()]
+        return super().state_bytes() + sum(t.numel() * t.element_size() for t in held)
+
     def extra_gradient(self, index: int) -> Tensor | None:
         return self.past.add_gradient_() if index > 0 else None
