@@ -79,7 +79,7 @@ def test_no_rival_no_comparison():
 def test_ella_with_a_penalty_of_its_own_is_compared_too():
     own = three_seeds("ELLA importance", (75.0, 76.0, 77.0), arm="ella")
     for run in own:
-        run.config["ella"] = {**run.config["ella"], "penalty": "importance"}
+        run.config["settings"] = {"penalty": "importance"}
     results = [*ELLA, *own, *three_seeds("x", (71.0, 71.0, 71.0))]
     said = [found.sentence for found in comparisons(results)]
     assert said[0].startswith("By overall accuracy ELLA is 1.0 ± 1.2 points above x, the best other method")

@@ -79,7 +79,8 @@ def comparisons(results: Sequence[StreamResult]) -> list[Comparison]:
 
 
 def _has_own_penalty(run: StreamResult) -> bool:
-    return run.config["arm"] == OURS and run.config.get("ella", {}).get("penalty", "hadamard") != "hadamard"
+    settings = {**run.config.get("ella", {}), **run.config.get("settings", {})}
+    return run.config["arm"] == OURS and settings.get("penalty", "hadamard") != "hadamard"
 
 
 def _comparison(results: Sequence[StreamResult], ours: str, metric: str) -> Comparison | None:
