@@ -262,7 +262,7 @@ class FinishedTasks:
         total = math.fsum(held.total for held in measured.values())
         return {name: held.scaled(size / total) for name, held in measured.items()}
 
-    def _folded(self, layer: AdaptedLayer, measured: Importance | None) -> StoredLayer:
+    def _folded(self, layer: AdaptedLayer, measured: Importance | None = None) -> StoredLayer:
         parts = layer.factors(*layer.whole())
         bias = None if (held := layer.bias()) is None else whole(held)
         before, cap = self.past.stored(layer), self.config.past_rank
