@@ -247,17 +247,17 @@ class FinishedTasks:
         )
         if size == 0:
             return {layer.name: importance.nothing(layer) for layer in layers}
-        measured, of = self._measured or (None, None)
-        if measured is not None and of != self._trained_now():
-            raise ValueError(
-                f"the importance was measured before {task!r} was trained to where it is now: call "
-                "measure_importance(losses) after the last step"
-            )
-        if measured is None:
+        if self._measured is None:
             raise ValueError(
                 f"the importance of {task!r} was not measured: before end_task({task!r}) call "
                 "measure_importance(losses) with losses of a hundred or so of its records, or use penalty='hadamard', "
                 "which needs none"
+            )
+        measured, of = self._measured
+        if of != self._trained_now():
+            raise ValueError(
+                f"the importance was measured before {task!r} was trained to where it is now: call "
+                "measure_importance(losses) after the last step"
             )
         total = math.fsum(held.total for held in measured.values())
         return {name: held.scaled(size / total) for name, held in measured.items()}
@@ -451,7 +451,7 @@ class FinishedTasks:
         self.past = past_of(model, name) or self.past
         self._check_layers(state.shapes, folder)
         if folder is not None:
-            _check_beside(state, folder)
+            _check_beside(state, folder, name)
         if state.config.get("keep_past") == "external" != self.config.keep_past:
             raise ValueError(
                 f"the past in {folder} was kept outside the model (keep_past='external'), whose base may hold it "
@@ -463,7 +463,7 @@ class FinishedTasks:
         if TASK in model.peft_config:
             _check_follows(model.peft_config[TASK].rank_pattern, state.tasks, f"the adapter {TASK!r}")
         elif marker is not None and marker.keep_past != "external":
-            knowledge.add_trained_adapter(model, name, marker, folder and _trained_folder(folder))
+            knowledge.add_trained_adapter(model, name, marker, folder and _trained_folder(folder, name))
         if TASK in model.peft_config:
             model.set_adapter(TASK)
         # A reference copied from another state: whoever needs one makes or loads it anew.
@@ -512,7 +512,7 @@ class FinishedTasks:
         raise ValueError(f"the past in {directory} was merged into other base weights than this model's: {other}")
 
 
-def _check_beside(state: PastState, folder: Path) -> None:
+def _check_beside(state: PastState, folder: Path, name: str) -> None:
     """Refuse a state and adapters of which one was written over that of another time or run."""
     pattern = _saved_pattern(folder)
     # Version 0.1.0 kept the past in an adapter of its own and noted nothing in the trained one.
@@ -526,17 +526,16 @@ def _check_beside(state: PastState, folder: Path) -> None:
             f"{state.tasks}: one was written later, over that of another time or run; write both at once with "
             "model.save_pretrained(folder), or each into a folder of its own"
         )
-    own = _trained_folder(folder)
+    own = _trained_folder(folder, name)
     _check_follows(_saved_pattern(own), tasks, f"the adapter in {own}")
 
 
-def _trained_folder(folder: Path) -> Path:
-    """Where PEFT saves the trained adapter whose finished tasks are in ``folder``: inside of it, or beside it.
+def _trained_folder(folder: Path, name: str) -> Path:
+    """Where PEFT saves the trained adapter whose finished tasks are adapter ``name`` in ``folder``.
 
-    Of an adapter of another name than "default", which has a folder of its own.
+    Inside of it, or beside it: adapters of other names than "default" have folders of their own.
     """
-    beside = folder.parent / TASK
-    return beside if not (folder / TASK).is_dir() and (beside / "adapter_config.json").is_file() else folder / TASK
+    return (folder.parent if folder.name == name != "default" else folder) / TASK
 
 
 def _check_follows(rank_pattern: Mapping[str, int] | None, tasks: list[str], what: str) -> None:

@@ -221,6 +221,17 @@ def test_an_adapter_of_another_name_goes_on_with_its_task(tmp_path, place):
         EllaRegularizer.from_pretrained(loaded, tmp_path / place)
 
 
+def test_a_state_in_a_folder_of_its_own_takes_no_task_from_beside_it(tmp_path):
+    model, reg = finished()
+    model.save_pretrained(tmp_path)
+    reg.save_pretrained(tmp_path / "state")
+    model.set_adapter("default")
+    want = logits(model)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    EllaRegularizer.from_pretrained(loaded, tmp_path / "state")
+    assert relative_error(logits(loaded), want) < 1e-6
+
+
 def test_finished_tasks_that_were_trained_on_are_taken_with_a_warning(tmp_path):
     """As the plain LoRA that they are, by PEFT alone."""
     model, _ = finished()
