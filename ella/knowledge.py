@@ -91,8 +91,8 @@ class EllaLoraConfig(LoraConfig):
 class TrainedLoraConfig(LoraConfig):
     """The configuration of the adapter in training: its file says which finished tasks it follows.
 
-    ``follows_past`` has them; the layer ``path`` carries the note in its rank pattern. A save of the finished tasks alone
-    would else leave the current task of another time beside them, and it would act twice.
+    ``follows_past`` has them; the layer ``path`` carries the note in its rank pattern. A save of the finished tasks
+    alone would else leave the current task of another time beside them, and it would act twice.
     """
 
     follows_past: Past | None = None
